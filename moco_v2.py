@@ -1,0 +1,106 @@
+"""MoCo v2: a momentum encoder for the keys, a queue of past keys for the negatives, InfoNCE.
+
+He, Fan, Wu, Xie, Girshick: "Momentum Contrast for Unsupervised Visual Representation Learning", CVPR 2020 (arXiv
+1911.05722), and Chen, Fan, Girshick, He: "Improved Baselines with Momentum Contrastive Learning" (arXiv 2003.04297).
+
+    f_k = copy of f_q; queue = K random unit vectors
+    for a batch of N images:
+        view1, view2 = augment(images), augment(images)
+        q, k = f_q(view1), f_k(view2)                                 # L2-normalised; NxC; no gradient through k
+        # the positive of q[i] is k[i]; its negatives are the K keys of the queue
+        loss = mean_i  -log( e^(q_i.k_i / T) / (e^(q_i.k_i / T) + sum_j e^(q_i.queue_j / T)) )
+        update f_q by SGD
+        f_k = m * f_k + (1 - m) * f_q
+        the N oldest keys of the queue make place for k
+
+    python moco_v2.py                                # CIFAR-100, batch 256, 200 epochs: the table's cell
+    torchrun --nproc_per_node=4 moco_v2.py           # the same run on 4 GPUs
+
+`diff simmoco.py moco_v2.py` shows what the queue changes.
+"""
+import copy
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+from common import Encoder, Run, adjust_learning_rate, autocast, info_nce_loss, similarity_statistics
+
+
+def arguments():
+    parser = common.argument_parser("moco_v2", "Train MoCo v2.")
+    parser.add_argument("--moco-m", default=0.99, type=common.number(float, 0, most=1), help="momentum of the key encoder")
+    parser.add_argument("--moco-k", default=65536, type=common.number(int, 1), help="number of keys in the queue")
+    return parser
+
+
+class MoCo(nn.Module):
+    """A query encoder, trained, a key encoder, its moving average, and a queue of past keys."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.m = args.moco_m
+        self.encoder_q = Encoder(args.width, args.stem_padding, args.moco_dim)
+        self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
+        self.register_buffer("queue", F.normalize(torch.randn(args.moco_k, args.moco_dim), dim=1))  # KxC
+        self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.long))  # where the oldest key is
+
+    @torch.no_grad()
+    def momentum_update_key_encoder(self):
+        """k = m * k + (1 - m) * q, parameters only: BatchNorm statistics of f_k come from its own forward passes."""
+        torch._foreach_lerp_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - self.m)
+
+    @torch.no_grad()
+    def dequeue_and_enqueue(self, keys):
+        """The global batch of keys replaces the oldest ones, round and round, whatever their numbers are. The pointer lives
+        on the device, so that nothing waits to know it."""
+        keys = common.concat_all_gather(keys)  # keys of all processes: NxC
+        rows = self.queue_ptr + torch.arange(len(keys), device=keys.device)
+        kept = slice(-len(self.queue), None)  # of a batch larger than the queue the newest keys stay
+        self.queue.index_copy_(0, rows[kept] % len(self.queue), keys[kept])
+        self.queue_ptr.add_(len(keys)).remainder_(len(self.queue))
+
+    def forward(self, view1, view2):
+        q = self.encoder_q(view1)  # queries: NxC
+        with torch.no_grad():
+            k = self.encoder_k(view2)  # keys: NxC
+        return q, k
+
+
+def main():
+    args = arguments().parse_args()
+    device = common.init_distributed(args)
+    run = Run(args, device)
+    if run.finished:
+        return
+    data = common.load_data(args, device)
+
+    torch.manual_seed(args.seed)
+    model = MoCo(args).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        model.encoder_q.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
+    )
+    start_epoch = run.start(model, optimizer, model.encoder_q.backbone, data)
+    parallel_model = common.parallelize(model, args)
+
+    for epoch in range(start_epoch, args.epochs):
+        adjust_learning_rate(optimizer, epoch, args)
+        model.train()
+        for view1, view2 in run.views(data, epoch):  # Nx3xHxW each
+            with autocast(args):
+                q, k = parallel_model(view1, view2)  # NxC each, L2-normalised
+            loss = info_nce_loss(q, k, args.moco_t, model.queue)
+
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            model.momentum_update_key_encoder()
+            model.dequeue_and_enqueue(k)
+            run.record(loss)
+
+        run.end_epoch(epoch, similarity_statistics(q, k, args.moco_t, queue=model.queue))
+
+
+if __name__ == "__main__":
+    common.launch(main)
