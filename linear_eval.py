@@ -1,0 +1,285 @@
+"""Linear evaluation: how good are the features of a pre-trained, frozen backbone?
+
+    python linear_eval.py RUN_DIR               # trains a linear classifier on the run's backbone, writes result.json
+    python linear_eval.py RUN_DIR --cached      # the same on features computed once, without crops and flips: much faster
+    python linear_eval.py --untrained RUN_DIR   # the network of the run as it was before training: the floor
+    python linear_eval.py --table runs/         # the table of all runs below a directory, as Markdown
+
+The protocol:
+    1. The backbone is frozen and in eval mode. Training images are randomly cropped and flipped (as in pre-training, but
+       without colour operations) or, with --cached, taken as they are; test images are always taken as they are.
+    2. One linear classifier for each learning rate of a grid is trained by SGD (momentum 0.9, no weight decay, cosine
+       schedule), all of them at once, on the training images but 5000 (but 10 % of a set with fewer than 50 000).
+    3. The learning rate that is best on those held-out images is used to train once more, on all training images.
+    4. That classifier is evaluated once on the test set: top-1 and top-5. kNN accuracy is reported beside it.
+"""
+import json
+import statistics
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import common
+import moco_v2
+import simco
+import simmoco
+from common import UserError, autocast, extract_features, normalize, random_resized_crop_flip, to_float
+
+LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+
+
+def arguments():
+    parser = common.Parser(description="Linear evaluation of a run, or the table of all runs.", allow_abbrev=False)
+    add, number = parser.add_argument, common.number
+    add("run", nargs="?", metavar="RUN_DIR", help="directory of a run of moco_v2.py, simmoco.py or simco.py")
+    add("--table", metavar="DIR", help="print the table of all evaluated runs below DIR, and do nothing else")
+    add("--cached", action="store_true", help="compute the features once, without crops and flips")
+    add("--untrained", action="store_true", help="evaluate the run's network as it was before training")
+    add("--epochs", default=100, type=number(int, 1), help="of each of the two trainings (default: 100)")
+    add("--batch-size", default=256, type=number(int, 1), help="default: 256")
+    add("--lrs", default=LEARNING_RATES, nargs="+", type=number(float, above=0), help="the grid of learning rates")
+    add("--seed", default=0, type=number(int, 0, most=2**63 - 1), help="of the held-out part, batches and crops")
+    add("--data", metavar="DIR", help="where the dataset lies now (default: where the run had it)")
+    add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: a CUDA GPU if there is one")
+    add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where the hardware has it")
+    return parser
+
+
+def read_run_args(path):
+    """args.json of a run directory: a dict with every flag that this file relies on."""
+    if not (path / "args.json").is_file():
+        raise UserError(f"'{path}' is no run directory: it has no args.json")
+    run_args = common.read_json(path / "args.json")
+    wanted = {"method", *vars(common.argument_parser("", "").parse_args([]))}
+    if not isinstance(run_args, dict) or not wanted <= run_args.keys() or run_args["method"] not in TITLES:
+        raise UserError(f"'{path / 'args.json'}' was not written by one of the methods' scripts")
+    return run_args
+
+
+def load_backbone(run_args, checkpoint):
+    """The backbone of a run, frozen, in eval mode. checkpoint: as `common.load_checkpoint`; None: as before training."""
+    torch.manual_seed(run_args["seed"])  # the scripts draw the encoder first, so this draws the same one
+    backbone = common.Encoder(run_args["width"], run_args["stem_padding"], run_args["moco_dim"]).backbone
+    if checkpoint is not None:
+        prefixes = ("encoder.backbone.", "encoder_q.backbone.")
+        state = {
+            key[len(prefix) :]: value
+            for key, value in checkpoint["model"].items() for prefix in prefixes if key.startswith(prefix)
+        }  # fmt: skip
+        try:
+            backbone.load_state_dict(state)
+        except RuntimeError as error:
+            raise UserError(f"the checkpoint does not fit this run's network ({' '.join(str(error).split())[:200]})") from None
+    return backbone.requires_grad_(False).eval()
+
+
+def train_linear(features_of, labels, index, num_classes, num_features, learning_rates, args):
+    """Train one linear classifier per learning rate, all at once, as one wide linear layer.
+
+    features_of: function of image indices int64 [B] and a torch.Generator -> features float [B, num_features].
+    labels int64 [N]; index int64 [M]: which images to train on.
+    Returns an nn.Linear with len(learning_rates) * num_classes outputs.
+    """
+    heads = nn.Linear(num_features, len(learning_rates) * num_classes).to(labels.device)
+    nn.init.zeros_(heads.weight)
+    nn.init.zeros_(heads.bias)
+    # Under SGD without weight decay, a classifier whose loss is multiplied by c learns as one with c times the rate. So one
+    # optimiser serves the whole grid: its own rate is only the schedule, from 1 to 0.
+    scale = torch.tensor(learning_rates, device=labels.device)
+    optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9)
+    batch_size = min(args.batch_size, len(index))
+    steps = args.epochs * (len(index) // batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(args.seed)
+    for _ in tqdm(range(args.epochs), f"linear x{len(learning_rates)}", unit="epoch", leave=False, disable=None):
+        order = index[torch.randperm(len(index), generator=generator).to(index.device)]
+        for batch in order[: len(order) // batch_size * batch_size].split(batch_size):
+            logits = heads(features_of(batch, generator)).view(batch_size, len(learning_rates), num_classes)
+            target = labels[batch, None].expand(-1, len(learning_rates))
+            losses = F.cross_entropy(logits.transpose(1, 2), target, reduction="none").mean(dim=0)  # of each classifier
+            optimizer.zero_grad()
+            (losses * scale).sum().backward()
+            optimizer.step()
+            schedule.step()
+    return heads
+
+
+@torch.no_grad()
+def accuracies(heads, features, labels, num_classes, top=1):
+    """Top-`top` accuracy in percent of each classifier in the wide layer: list of float."""
+    correct = 0
+    for rows, target in zip(features.split(1024), labels.split(1024)):
+        logits = heads(rows).view(len(rows), -1, num_classes)
+        best = logits.topk(min(top, num_classes), dim=2).indices
+        correct = correct + (best == target[:, None, None]).any(dim=2).sum(dim=0)
+    return (100 * correct / len(labels)).tolist()
+
+
+def evaluate(backbone, data, args):
+    """The protocol of this file's docstring. Returns what goes into result.json."""
+    num_images, num_classes, num_features = len(data.train_labels), len(data.classes), backbone.num_features
+    features = {split: extract_features(backbone, getattr(data, f"{split}_images"), args) for split in ("train", "test")}
+
+    def cropped(index, generator):
+        image_size = data.train_images.shape[1]
+        box = common.sample_crops(len(index), image_size, generator)
+        flip = torch.rand(len(index), generator=generator) < 0.5
+        parameters = [parameter.to(index.device) for parameter in (*box, flip)]
+        with torch.no_grad(), autocast(args):
+            images = random_resized_crop_flip(to_float(data.train_images[index]), *parameters, image_size)
+            return backbone(normalize(images)).float()
+
+    def cached(index, generator):
+        return features["train"][index]
+
+    def train(index, learning_rates):
+        features_of = cached if args.cached else cropped
+        return train_linear(features_of, data.train_labels, index, num_classes, num_features, learning_rates, args)
+
+    shuffled = torch.randperm(num_images, generator=torch.Generator().manual_seed(args.seed)).to(data.train_labels.device)
+    num_held_out = 5000 if num_images >= 50_000 else max(1, num_images // 10)
+    held_out, rest = shuffled[:num_held_out], shuffled[num_held_out:]
+    held_out_top1 = accuracies(train(rest, args.lrs), features["train"][held_out], data.train_labels[held_out], num_classes)
+    best = max(range(len(args.lrs)), key=lambda i: held_out_top1[i])
+    if len(args.lrs) > 2 and best in (0, len(args.lrs) - 1):
+        print(f"note: the best learning rate, {args.lrs[best]}, is at the end of the grid; --lrs can extend it")
+
+    classifier = train(shuffled, [args.lrs[best]])
+    top1, top5 = (accuracies(classifier, features["test"], data.test_labels, num_classes, top)[0] for top in (1, 5))
+    knn = common.knn_predict(features["test"], features["train"], data.train_labels, num_classes)
+    return dict(
+        linear_top1=top1, linear_top5=top5, knn_top1=100 * (knn == data.test_labels).float().mean().item(),
+        linear_lr=args.lrs[best], held_out_top1=dict(zip(map(str, args.lrs), held_out_top1)),
+        protocol=dict(epochs=args.epochs, batch_size=args.batch_size, cached=args.cached, seed=args.seed,
+                      held_out=num_held_out, precision=args.precision),
+    )  # fmt: skip
+
+
+def show_embedding(path, backbone, data, args, count=2000):
+    """Put the features of some test images, with labels and thumbnails, into TensorBoard's projector."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    images, labels = data.test_images[:count], data.test_labels[:count].tolist()
+    features = extract_features(backbone, images, args)
+    with SummaryWriter(path / "projector") as board:
+        names = [data.classes[label] for label in labels]
+        board.add_embedding(features.cpu(), names, images.permute(0, 3, 1, 2).cpu().float() / 255, tag="test_features")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+TITLES = dict(moco_v2="MoCo v2", simmoco="SimMoCo", simco="SimCo")
+# CIFAR-100 top-1 by batch size, table of the dual-temperature paper (arXiv 2203.17248), ResNet-18, 200 epochs.
+PUBLISHED = dict(
+    moco_v2={64: 52.58, 128: 54.40, 256: 53.28, 512: 51.47, 1024: 48.90},
+    simmoco={64: 54.02, 128: 54.93, 256: 54.11, 512: 52.45, 1024: 49.70},
+    simco={64: 58.04, 128: 58.29, 256: 58.35, 512: 57.08, 1024: 55.34},
+)
+# What tells the cells of one table apart, or does not change the result: these are not part of a table's heading.
+NOT_IN_HEADING = (*common.MACHINE_FLAGS, "method", "batch_size", "seed", "precision", "knn_every", "warmup_epochs")
+
+
+def settings(run_args):
+    """The flags of a run that are not the defaults, that is not the recipe of the published table: (shared, method's)."""
+    defaults = vars({"moco_v2": moco_v2, "simmoco": simmoco, "simco": simco}[run_args["method"]].arguments().parse_args([]))
+    shared_flags = vars(common.argument_parser("", "").parse_args([])).keys()
+    changed = {key: value for key, value in run_args.items() if key not in NOT_IN_HEADING and value != defaults.get(key)}
+    words = [{}, {}]
+    for key, value in changed.items():
+        words[key not in shared_flags][key] = value
+    return tuple(", ".join(f"{key.replace('_', '-')} {value}" for key, value in sorted(part.items())) for part in words)
+
+
+def mean_and_spread(values):
+    if not values:
+        return "–"
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def table(root):
+    """Markdown: all runs below `root` that have a result.json. Runs with the same flags but method, batch size and seed
+    make one table; over seeds, mean ± sample standard deviation. The published figures stand beside runs of the recipe."""
+    groups = defaultdict(lambda: defaultdict(list))  # heading -> (method, its own flags, batch size) -> results
+    unfinished = []
+    for path in sorted(Path(root).rglob("result.json")):
+        run_args, result = read_run_args(path.parent), common.read_json(path)
+        shared, own = settings(run_args)
+        if "linear_top1" in result:
+            if result["epoch"] < run_args["epochs"]:
+                unfinished.append(f"{path.parent} (epoch {result['epoch']} of {run_args['epochs']})")
+                continue
+            groups[shared][run_args["method"], own, run_args["batch_size"]].append(result)
+        if "untrained" in result:
+            groups[shared]["untrained", "", run_args["batch_size"]].append(result["untrained"])
+    if not groups:
+        raise UserError(f"no finished result.json below '{root}'; python linear_eval.py RUN_DIR makes one")
+
+    text = []
+    for heading, cells in sorted(groups.items()):
+        recipe = heading == ""
+        sizes = sorted({size for _, _, size in cells} | (set(PUBLISHED["simco"]) if recipe else set()))
+        protocols = {json.dumps(result["protocol"], sort_keys=True) for results in cells.values() for result in results}
+        text.append(f"**{'CIFAR-100, ResNet-18, 200 epochs' if recipe else heading}** (top-1 in percent on the test set)\n")
+        text.append("| | " + " | ".join(f"batch {size}" for size in sizes) + " |")
+        text.append("|---|" + "---|" * len(sizes))
+        rows = {(method, own) for method, own, _ in cells} | ({(method, "") for method in PUBLISHED} if recipe else set())
+        order = ["untrained", *TITLES]
+        for method, own in sorted(rows, key=lambda row: (order.index(row[0]), row[1])):
+            name = TITLES.get(method, method) + (f" ({own})" if own else "")
+            for key, title in (("linear_top1", "linear"), ("knn_top1", "kNN")):
+                values = [[result[key] for result in cells.get((method, own, size), [])] for size in sizes]
+                text.append(f"| {name}, {title} | " + " | ".join(map(mean_and_spread, values)) + " |")
+            if recipe and method in PUBLISHED and not own:
+                published = [[PUBLISHED[method][size]] if size in PUBLISHED[method] else [] for size in sizes]
+                text.append(f"| {name}, published | " + " | ".join(map(mean_and_spread, published)) + " |")
+        text.append("")
+        if len(protocols) > 1:
+            text.append("Note: these runs were not all evaluated by the same protocol (see `protocol` in result.json).\n")
+    if unfinished:
+        text.append(f"Not in the tables, for training was not finished when they were evaluated: {', '.join(unfinished)}\n")
+    return "\n".join(text).rstrip()
+
+
+def main():
+    args = arguments().parse_args()
+    if args.table is not None:
+        print(table(args.table))
+        return
+    if args.run is None:
+        raise UserError("which run? python linear_eval.py RUN_DIR (or --table DIR)")
+    path = Path(args.run)
+    run_args = read_run_args(path)
+    if not args.untrained and not (path / "checkpoint.pth").exists():
+        raise UserError(f"'{path}' has no checkpoint.pth yet: training has not finished an epoch")
+    checkpoint = None if args.untrained else common.load_checkpoint(path / "checkpoint.pth")
+    device, started = common.resolve(args), time.perf_counter()
+    if device.type == "cpu" and not args.cached:
+        print("note: every epoch computes the features of its crops anew; on a CPU, --cached is many times faster")
+    data = common.load_dataset(run_args["dataset"], args.data or run_args["data"], True, run_args["image_size"])
+    data = (data if run_args["subset"] is None else data.subset(run_args["subset"])).to(device)
+    backbone = load_backbone(run_args, checkpoint).to(device, memory_format=torch.channels_last)
+
+    outcome = evaluate(backbone, data, args)
+    outcome.update(epoch=0 if args.untrained else checkpoint["epoch"], seconds=time.perf_counter() - started)
+    result = common.read_json(path / "result.json") if (path / "result.json").exists() else {}
+    if args.untrained:
+        result["untrained"] = outcome
+    else:  # an earlier evaluation of the untrained network stays
+        result = {**outcome, **{key: value for key, value in result.items() if key == "untrained"}}
+        show_embedding(path, backbone, data, args)
+    common.write_atomically(path / "result.json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
+    print(
+        f"{path}{' before training' if args.untrained else ''}: linear top-1 {outcome['linear_top1']:.2f} %, top-5 "
+        f"{outcome['linear_top5']:.2f} % (lr {outcome['linear_lr']}), kNN {outcome['knn_top1']:.2f} %"
+    )
+
+
+if __name__ == "__main__":
+    common.launch(main)
