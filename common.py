@@ -49,32 +49,37 @@ def launch(main):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last finished epoch", file=sys.stderr)
+        print("\ninterrupted; a training run goes on after its last finished epoch when started again", file=sys.stderr)
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter)
+
     def error(self, message):  # argparse would print the whole usage first
         raise UserError(f"{message} (--help lists the flags)")
 
 
-def number(kind, least=None, above=None, most=None):
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):  # a default of None says nothing: those flags tell theirs in words
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
+def number(kind, least=-math.inf, above=-math.inf, most=math.inf):
     """An argparse type: a finite int or float (`kind`) that is >= least, > above and <= most."""
 
     def parse(text):
-        wants = "a whole number" if kind is int else "a number"
-        for bound, words in ((least, "of at least"), (above, "above"), (most, "of at most")):
-            wants += f" {words} {bound}" if bound is not None else ""
         try:
             value = kind(text)
-            good = math.isfinite(value) and (least is None or value >= least)
-            good = good and (above is None or value > above) and (most is None or value <= most)
-        except (ValueError, OverflowError):
-            good = False
-        if not good:
-            raise argparse.ArgumentTypeError(f"must be {wants}, not '{text}'")
+        except ValueError:
+            value = math.nan  # which fails every comparison
+        if not (least <= value <= most and value > above and math.isfinite(value)):
+            limits = {" of at least": least, " above": above, " of at most": most}
+            wants = "".join(f"{words} {limit}" for words, limit in limits.items() if math.isfinite(limit))
+            raise argparse.ArgumentTypeError(f"must be a {'whole ' * (kind is int)}number{wants}, not '{text}'")
         return value
 
     return parse
@@ -83,7 +88,7 @@ def number(kind, least=None, above=None, most=None):
 def argument_parser(method, description):
     """The flags that all three methods have. Their defaults are the CIFAR-100 recipe of the DT authors' scripts, so that
     a method's script without any flag is the batch-256 cell of the results table."""
-    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description)
     parser.set_defaults(method=method)
     add = parser.add_argument
     add("--dataset", default="cifar100", choices=DATASETS, help="folder: your own images; shapes: drawn, no download")
@@ -113,28 +118,34 @@ def argument_parser(method, description):
 MACHINE_FLAGS = ("data", "out", "device", "compile", "environment")
 
 
-def resolve(args):
-    """Replace the flags left to be chosen (None or "auto") by what they mean on this machine, and check them together.
-
-    Returns the torch.device. Raises UserError for a batch that the processes cannot share evenly.
-    """
+def choose_hardware(args):
+    """Replace "auto" in --device and --precision by what is best here. Returns the torch.device."""
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this PyTorch sees no CUDA GPU")
     if args.precision == "auto":
         args.precision = "bf16" if has_fast_bf16(args.device) else "fp32"
-    if getattr(args, "compile", None) == "auto":
+    return torch.device(args.device)
+
+
+def resolve(args):
+    """Replace all flags of `argument_parser` that were left to be chosen by what they mean for this run on this machine.
+
+    Returns the torch.device. Raises UserError for a batch that the processes cannot share evenly.
+    """
+    device = choose_hardware(args)
+    if args.compile == "auto":
         args.compile = "on" if args.device == "cuda" else "off"
-    if "epochs" in args and getattr(args, "warmup_epochs", 0) is None:
+    if args.warmup_epochs is None:
         args.warmup_epochs = min(10, args.epochs // 20)
-    if "epochs" in args and getattr(args, "knn_every", 0) is None:
+    if args.knn_every is None:
         args.knn_every = max(1, args.epochs // 40)
-    if "out" in args and args.out is None:
+    if args.out is None:
         args.out = f"runs/{args.method}-{args.dataset}-bs{args.batch_size}-seed{args.seed}"
     if args.batch_size % world_size():
         raise UserError(f"--batch-size {args.batch_size} cannot be shared evenly by {world_size()} processes")
-    return torch.device(args.device)
+    return device
 
 
 def has_fast_bf16(device):
@@ -297,6 +308,9 @@ def load_dataset(name, root, download=True, image_size=32):
     if cache.is_file():
         arrays = read_npz(cache)
         if source is None or arrays.get("source") == source:
+            stored = arrays["train_images"].shape[1]
+            if name == "folder" and stored != image_size:
+                raise UserError(f"'{cache}' holds images of size {stored} and the files are gone: use --image-size {stored}")
             return Dataset(*(torch.from_numpy(arrays[key]) for key in ARRAYS[:4]), arrays["classes"].tolist())
     arrays = decode_folder(root, image_size) if name == "folder" else read_cifar(name, root, download)
     temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
@@ -369,14 +383,14 @@ def decode_folder(root, image_size):
     splits = {}
     for split in ("train", "test"):
         if not (root / split).is_dir():
-            raise UserError(f"'{root / split}' is missing: --dataset folder wants train/<class>/<image> and test/<class>/<image>")
+            raise UserError(f"'{root / split}' is missing: a folder needs train/<class>/<image> and test/<class>/<image>")
         try:
             splits[split] = torchvision.datasets.ImageFolder(root / split)
         except FileNotFoundError as error:  # no class directories, or one without images
             raise UserError(f"'{root / split}': {str(error).splitlines()[0]}") from None
     odd = set(splits["train"].classes) ^ set(splits["test"].classes)
     if odd:
-        raise UserError(f"'{root}': train and test must have the same classes; only one of them has {', '.join(sorted(odd))}")
+        raise UserError(f"'{root}': train and test must have the same classes; only one has {', '.join(sorted(odd))}")
 
     def decode(sample):
         path, _ = sample
@@ -398,11 +412,9 @@ def decode_folder(root, image_size):
 
 def draw_shapes(train=4096, test=1024, size=32, seed=0):
     """Ten classes of shape in two tones. Within a class vary only place, size, tones, a little tint and a small rotation:
-    what the augmentation makes a network ignore, so that the class is what is left to learn. The same on every machine."""
-    names = "disc ring square frame triangle plus cross star crescent bars".split()
+    what the augmentation makes a network ignore, so that the class is what is left to learn. Deterministic."""
     count = train + test
     random = np.random.RandomState(seed)  # the one numpy generator whose stream is promised never to change
-    labels = np.arange(count) % len(names)
     radius, angle = random.uniform(6, 11, count), np.deg2rad(random.uniform(-15, 15, count))
     centre = random.uniform(size * 0.36, size * 0.64, (2, count))
     dark = random.uniform(0.2, 0.3, count)
@@ -414,37 +426,29 @@ def draw_shapes(train=4096, test=1024, size=32, seed=0):
     cos, sin = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]
     u, v = (cos * x + sin * y) / radius[:, None, None], (cos * y - sin * x) / radius[:, None, None]
 
-    def depth(name, u, v):
-        """How far a point lies inside the unit shape (negative: outside)."""
-        distance, box = np.hypot(u, v), np.maximum(abs(u), abs(v))
-        if name == "disc":
-            return 1 - distance
-        if name == "ring":
-            return 0.22 - abs(distance - 0.78)
-        if name == "square":
-            return 0.85 - box
-        if name == "frame":
-            return 0.2 - abs(box - 0.72)
-        if name == "triangle":
-            return 0.5 - np.maximum(v, 0.866 * abs(u) - v / 2)
-        if name == "plus":
-            return np.maximum(np.minimum(0.3 - abs(u), 0.95 - abs(v)), np.minimum(0.3 - abs(v), 0.95 - abs(u)))
-        if name == "cross":
-            return depth("plus", (u + v) * 0.7071, (u - v) * 0.7071)
-        if name == "star":
-            return 0.62 + 0.36 * np.cos(5 * np.arctan2(u, -v)) - distance
-        if name == "crescent":
-            return np.minimum(1 - distance, np.hypot(u - 0.5, v) - 0.75)
-        return np.minimum(0.24 - abs(abs(v) - 0.55), 0.9 - abs(u))  # bars
+    def plus(u, v):
+        return np.maximum(np.minimum(0.3 - abs(u), 0.95 - abs(v)), np.minimum(0.3 - abs(v), 0.95 - abs(u)))
 
+    depth = dict(  # how far a point lies inside the unit shape (negative: outside)
+        disc=lambda u, v: 1 - np.hypot(u, v),
+        ring=lambda u, v: 0.22 - abs(np.hypot(u, v) - 0.78),
+        square=lambda u, v: 0.85 - np.maximum(abs(u), abs(v)),
+        frame=lambda u, v: 0.2 - abs(np.maximum(abs(u), abs(v)) - 0.72),
+        triangle=lambda u, v: 0.5 - np.maximum(v, 0.866 * abs(u) - v / 2),
+        plus=plus,
+        cross=lambda u, v: plus((u + v) * 0.7071, (u - v) * 0.7071),
+        star=lambda u, v: 0.62 + 0.36 * np.cos(5 * np.arctan2(u, -v)) - np.hypot(u, v),
+        crescent=lambda u, v: np.minimum(1 - np.hypot(u, v), np.hypot(u - 0.5, v) - 0.75),
+        bars=lambda u, v: np.minimum(0.24 - abs(abs(v) - 0.55), 0.9 - abs(u)),
+    )
+    labels = np.arange(count) % len(depth)
     inside = np.empty((count, size, size))
-    for label, name in enumerate(names):
-        of_class = labels == label
-        inside[of_class] = depth(name, u[of_class], v[of_class]) * radius[of_class, None, None] + 0.5
-    inside = inside.clip(0, 1)[..., None]  # anti-aliased over one pixel
+    for label, depth_of in enumerate(depth.values()):
+        inside[labels == label] = depth_of(u[labels == label], v[labels == label])
+    inside = (inside * radius[:, None, None] + 0.5).clip(0, 1)[..., None]  # anti-aliased over one pixel
     images = tones[0][:, None, None] * inside + tones[1][:, None, None] * (1 - inside)
     images, labels = torch.from_numpy((images * 255).round().astype(np.uint8)), torch.from_numpy(labels)
-    return Dataset(images[:train], labels[:train], images[train:], labels[train:], names)
+    return Dataset(images[:train], labels[:train], images[train:], labels[train:], list(depth))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -570,7 +574,7 @@ def adjust_hue(images, shift):
     )
     hue = hue + 6 * shift[:, None, None]  # in sixths of the circle
     # HSV -> RGB in closed form: channel n lies between value - chroma and value, by its distance from the hue.
-    offset = torch.tensor([5.0, 3.0, 1.0], device=images.device)[:, None, None]
+    offset = 5 - 2 * torch.arange(3, device=images.device)[:, None, None]  # 5, 3, 1 for red, green, blue
     k = (offset + hue[:, None]) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
@@ -591,8 +595,8 @@ def color_jitter(images, order, factor):
 
 def normalize(images):
     """float [N, 3, H, W] in 0..1 -> zero mean and unit variance per channel, by CIFAR's statistics."""
-    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, STD))
-    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+    channels = [(channel - mean) / std for channel, mean, std in zip(images.unbind(1), MEAN, STD)]
+    return torch.stack(channels, dim=3).permute(0, 3, 1, 2)  # in memory [N, H, W, 3]: channels_last
 
 
 def to_float(images):
@@ -737,7 +741,7 @@ def info_nce_loss(q, k, temperature=0.1, queue=None, alpha=None):
 
 
 def dual_temperature_loss(q, k, temperature=0.1, dt_m=10.0, queue=None):
-    """Dual temperature (DT, equation 9): the mean over queries of weight * InfoNCE at T_alpha = `temperature`, where
+    """Dual temperature (DT): the mean over queries of weight * InfoNCE at T_alpha = `temperature`, where
     weight = (1 - p at T_beta) / (1 - p at T_alpha), T_beta = `dt_m` * T_alpha, and no gradient flows through the weight.
 
     q, k: [N, C], L2-normalised; row i of k is the positive of row i of q.
@@ -891,6 +895,7 @@ class Run:
     def __init__(self, args, device):
         """Look at the directory, touch nothing. Raises UserError if it belongs to something else."""
         self.args, self.device, self.path = args, device, Path(args.out)
+        self.augment = torch.compile(augment) if args.compile == "on" else augment
         self.checkpoint = from_rank_zero(self.open)
         self.finished = self.checkpoint is not None and self.checkpoint["epoch"] >= args.epochs
         if self.finished and rank() == 0:
@@ -936,9 +941,10 @@ class Run:
         if rank() == 0:
             print(
                 f"{args.method}: {args.dataset}, {len(data.train_labels)} images, ResNet-18 width {args.width}, batch "
-                f"{args.batch_size} on {world_size()} process(es), {describe_device(self.device)}, {args.precision}, "
-                f"{'compiled' if args.compile == 'on' else 'eager'} -> {self.path}"
-                + (f", going on after epoch {start_epoch}" if start_epoch else "")
+                f"{args.batch_size} on {world_size()} process{'es' * (world_size() > 1)}, {describe_device(self.device)}, "
+                f"{args.precision}, {'compiled' if args.compile == 'on' else 'eager'} -> {self.path}"
+                + (f", going on after epoch {start_epoch}" if start_epoch else ""),
+                flush=True,
             )
             self.create(start_epoch)
         if start_epoch == 0:  # where learning starts from: without it no kNN figure means much
@@ -967,24 +973,26 @@ class Run:
         args, self.started = self.args, time.perf_counter()
         num_images, image_size = data.train_images.shape[:2]
         plan = draw_epoch_plan(num_images, args.batch_size, image_size, args.seed, epoch).to(self.device)
-        augmentation = torch.compile(augment) if args.compile == "on" else augment
         part = args.batch_size // world_size()
-        self.num_steps = len(plan.index) // args.batch_size
+        self.num_steps = self.steps_left = len(plan.index) // args.batch_size
         self.loss_sum = torch.zeros((), device=self.device)
         # The bar shows the newest loss that has arrived; it never makes the loop wait for the device.
         self.shown_loss = torch.zeros((), pin_memory=self.device.type == "cuda")
-        quiet = None if rank() == 0 else True  # None: shown on a terminal only
-        self.bar = tqdm(desc=f"epoch {epoch + 1}/{args.epochs}", total=len(plan.index), unit=" images", leave=False, disable=quiet)
-        with self.bar:
+        title, quiet = f"epoch {epoch + 1}/{args.epochs}", None if rank() == 0 else True  # None: shown on a terminal only
+        with tqdm(desc=title, total=len(plan.index), unit=" images", leave=False, disable=quiet) as self.bar:
             for step in range(self.num_steps):
                 begin = step * args.batch_size + rank() * part
                 batch = plan.rows(slice(begin, begin + part))
                 images = data.train_images[batch.index]
-                self.two_views = [augmentation(images, *(field[:, view] for field in batch[1:])) for view in (0, 1)]
+                self.two_views = [self.augment(images, *(field[:, view] for field in batch[1:])) for view in (0, 1)]
                 yield self.two_views
 
-    def record(self, loss):
-        """Note the loss of one step, without waiting for it."""
+    def record(self, loss, q, k, queue=None):
+        """Note one step: its loss, without waiting for it, and in the last step of an epoch the similarities of its
+        queries and keys [N, C] (with the queue [K, C] as it was for the loss), for TensorBoard."""
+        self.steps_left -= 1
+        if self.steps_left == 0:
+            self.statistics = similarity_statistics(q, k, self.args.moco_t, getattr(self.args, "dt_m", None), queue)
         self.loss_sum += loss.detach()
         self.shown_loss.copy_(loss.detach(), non_blocking=True)
         self.bar.set_postfix(loss=f"{float(self.shown_loss):.4f}", lr=f"{self.learning_rate():.4f}", refresh=False)
@@ -993,17 +1001,17 @@ class Run:
     def learning_rate(self):
         return self.optimizer.param_groups[0]["lr"]
 
-    def end_epoch(self, epoch, statistics):
+    def end_epoch(self, epoch):
         """After an epoch (0-based): kNN if it is due, log line, TensorBoard, checkpoint.
 
-        statistics: of the epoch's last batch, see `similarity_statistics`.
         Raises UserError if the loss is no longer a finite number; the checkpoint of the epoch before is left as it is.
         """
         args, finished = self.args, epoch + 1
         loss = sum_over_processes(self.loss_sum).item() / (self.num_steps * world_size())
         trained = time.perf_counter()
         if not math.isfinite(loss):
-            raise UserError(f"the loss became {loss} in epoch {finished}, at lr {self.learning_rate():.4g} in {args.precision}")
+            where = f"in epoch {finished}, at lr {self.learning_rate():.4g} in {args.precision}"
+            raise UserError(f"the loss became {loss} {where}; a lower --lr may help")
         average_batchnorm(self.model)
         due = finished % args.knn_every == 0 or finished == args.epochs
         entry = dict(
@@ -1012,13 +1020,13 @@ class Run:
             images_per_second=self.num_steps * args.batch_size / (trained - self.started),
             seconds=time.perf_counter() - self.started,
         )  # fmt: skip
-        self.log(entry, statistics, show_views=due)
+        self.log(entry, self.statistics, show_views=due)
         if rank() == 0:
             state = dict(epoch=finished, model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
             write_atomically(self.path / "checkpoint.pth", lambda path: torch.save(state, path))
             if finished == args.epochs:
                 self.tensorboard.close()
-                print(f"finished. {self.next_command()}")
+                print(f"finished. {self.next_command()}", flush=True)
 
     def log(self, entry, statistics=None, show_views=False):
         """One epoch: a printed line, a line of log.jsonl, TensorBoard."""
@@ -1044,9 +1052,9 @@ class Run:
                 board.add_scalar(f"contrast/{name}_similarity", value.mean(), epoch)
                 board.add_histogram(f"similarity/{name}", value, epoch)
         if show_views:
-            std, mean = (torch.tensor(values)[:, None, None] for values in (STD, MEAN))
-            pairs = torch.cat([view[:16].float().cpu() * std + mean for view in self.two_views])
-            grid = torchvision.utils.make_grid(pairs.clamp(0, 1), nrow=len(pairs) // 2)
+            mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+            pairs = torch.cat([view[:16].cpu() * std + mean for view in self.two_views]).clamp(0, 1)
+            grid = torchvision.utils.make_grid(pairs, nrow=len(pairs) // 2)
             board.add_image("two views of each image", F.interpolate(grid[None], scale_factor=2)[0], epoch)
         board.flush()
 

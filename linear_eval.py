@@ -14,6 +14,7 @@ The protocol:
     4. That classifier is evaluated once on the test set: top-1 and top-5. kNN accuracy is reported beside it.
 """
 import json
+import os
 import statistics
 import time
 from collections import defaultdict
@@ -34,14 +35,14 @@ LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.
 
 
 def arguments():
-    parser = common.Parser(description="Linear evaluation of a run, or the table of all runs.", allow_abbrev=False)
+    parser = common.Parser("Linear evaluation of a run, or the table of all runs.")
     add, number = parser.add_argument, common.number
     add("run", nargs="?", metavar="RUN_DIR", help="directory of a run of moco_v2.py, simmoco.py or simco.py")
     add("--table", metavar="DIR", help="print the table of all evaluated runs below DIR, and do nothing else")
     add("--cached", action="store_true", help="compute the features once, without crops and flips")
     add("--untrained", action="store_true", help="evaluate the run's network as it was before training")
-    add("--epochs", default=100, type=number(int, 1), help="of each of the two trainings (default: 100)")
-    add("--batch-size", default=256, type=number(int, 1), help="default: 256")
+    add("--epochs", default=100, type=number(int, 1), help="of each of the two trainings")
+    add("--batch-size", default=256, type=number(int, 1), help="images per step")
     add("--lrs", default=LEARNING_RATES, nargs="+", type=number(float, above=0), help="the grid of learning rates")
     add("--seed", default=0, type=number(int, 0, most=2**63 - 1), help="of the held-out part, batches and crops")
     add("--data", metavar="DIR", help="where the dataset lies now (default: where the run had it)")
@@ -74,7 +75,8 @@ def load_backbone(run_args, checkpoint):
         try:
             backbone.load_state_dict(state)
         except RuntimeError as error:
-            raise UserError(f"the checkpoint does not fit this run's network ({' '.join(str(error).split())[:200]})") from None
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"the checkpoint does not fit this run's network ({reason})") from None
     return backbone.requires_grad_(False).eval()
 
 
@@ -166,7 +168,7 @@ def show_embedding(path, backbone, data, args, count=2000):
 
     images, labels = data.test_images[:count], data.test_labels[:count].tolist()
     features = extract_features(backbone, images, args)
-    with SummaryWriter(path / "projector") as board:
+    with SummaryWriter(path) as board:
         names = [data.classes[label] for label in labels]
         board.add_embedding(features.cpu(), names, images.permute(0, 3, 1, 2).cpu().float() / 255, tag="test_features")
 
@@ -254,12 +256,14 @@ def main():
         return
     if args.run is None:
         raise UserError("which run? python linear_eval.py RUN_DIR (or --table DIR)")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("linear_eval.py is one process: start it with python, not with torchrun")
     path = Path(args.run)
     run_args = read_run_args(path)
     if not args.untrained and not (path / "checkpoint.pth").exists():
         raise UserError(f"'{path}' has no checkpoint.pth yet: training has not finished an epoch")
     checkpoint = None if args.untrained else common.load_checkpoint(path / "checkpoint.pth")
-    device, started = common.resolve(args), time.perf_counter()
+    device, started = common.choose_hardware(args), time.perf_counter()
     if device.type == "cpu" and not args.cached:
         print("note: every epoch computes the features of its crops anew; on a CPU, --cached is many times faster")
     data = common.load_dataset(run_args["dataset"], args.data or run_args["data"], True, run_args["image_size"])

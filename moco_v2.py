@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
-from common import Encoder, Run, adjust_learning_rate, autocast, info_nce_loss, similarity_statistics
+from common import Encoder, Run, adjust_learning_rate, autocast, info_nce_loss
 
 
 def arguments():
@@ -95,11 +95,11 @@ def main():
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            run.record(loss, q, k, model.queue)
             model.momentum_update_key_encoder()
             model.dequeue_and_enqueue(k)
-            run.record(loss)
 
-        run.end_epoch(epoch, similarity_statistics(q, k, args.moco_t, queue=model.queue))
+        run.end_epoch(epoch)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 
 import common
-from common import Encoder, Run, adjust_learning_rate, autocast, dual_temperature_loss, similarity_statistics
+from common import Encoder, Run, adjust_learning_rate, autocast, dual_temperature_loss
 
 
 def arguments():
@@ -73,9 +73,9 @@ def main():
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            run.record(loss)
+            run.record(loss, q1, q2)
 
-        run.end_epoch(epoch, similarity_statistics(q1, q2, args.moco_t, args.dt_m))
+        run.end_epoch(epoch)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 
 import common
-from common import Encoder, Run, adjust_learning_rate, autocast, dual_temperature_loss, similarity_statistics
+from common import Encoder, Run, adjust_learning_rate, autocast, dual_temperature_loss
 
 
 def arguments():
@@ -82,10 +82,10 @@ def main():
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            run.record(loss, q, k)
             model.momentum_update_key_encoder()
-            run.record(loss)
 
-        run.end_epoch(epoch, similarity_statistics(q, k, args.moco_t, args.dt_m))
+        run.end_epoch(epoch)
 
 
 if __name__ == "__main__":

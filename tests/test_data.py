@@ -91,6 +91,10 @@ def test_folder_is_decoded_cached_and_read_again_when_it_changes(tmp_path, monke
     Image.new("RGB", (20, 20)).save(tmp_path / "train" / "cat" / "new.png")
     assert len(load_dataset("folder", tmp_path, image_size=16).train_images) == 8
     assert load_dataset("folder", tmp_path, image_size=24).train_images.shape == (8, 24, 24, 3)
+    (tmp_path / "train").rename(tmp_path / "elsewhere")  # the .npz alone will do, at its size
+    assert load_dataset("folder", tmp_path, image_size=24).train_images.shape == (8, 24, 24, 3)
+    with pytest.raises(UserError, match="--image-size 24"):
+        load_dataset("folder", tmp_path, image_size=32)
 
 
 def test_folder_images_are_turned_and_cropped_as_a_person_sees_them(tmp_path):

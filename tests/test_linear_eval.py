@@ -34,7 +34,7 @@ def test_evaluates_a_run_and_moves_nothing_of_it(method, flags, tiny_run, run_sc
     assert 0 <= result["linear_top1"] <= result["linear_top5"] <= 100
     last_knn = json.loads((out / "log.jsonl").read_text().splitlines()[-1])["knn_top1"]
     assert result["knn_top1"] == pytest.approx(last_knn)
-    projector = out / "projector" / "00000" / "test_features"
+    projector = out / "00000" / "test_features"
     assert {path.name for path in projector.iterdir()} == {"metadata.tsv", "sprite.png", "tensors.tsv"}
     assert len((projector / "metadata.tsv").read_text().split()) == 1024
 

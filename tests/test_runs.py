@@ -96,10 +96,10 @@ def test_interrupted_run_ends_with_the_same_bits(method, run_script, tmp_path, m
     steps, record, write = iter(range(100)), common.Run.record, common.write_atomically
     with monkeypatch.context() as patch:
 
-        def interrupt_at_step_5(self, loss):
+        def interrupt_at_step_5(self, *what):
             if next(steps) == 5:
                 raise KeyboardInterrupt
-            record(self, loss)
+            record(self, *what)
 
         patch.setattr(common.Run, "record", interrupt_at_step_5)
         assert run_script(METHODS[method], *flags, "--out", tmp_path / "parts") == 130
@@ -183,7 +183,7 @@ def test_torchrun_trains_one_run(tmp_path):
     arguments = [str(ROOT / "moco_v2.py"), *TINY, "--moco-k", "50", "--out", str(tmp_path / "run")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     first = subprocess.run([*torchrun, *arguments], check=True, env=environment, capture_output=True, text=True)
-    assert first.stdout.count("epoch   2/2") == 1 and "on 2 process(es)" in first.stdout
+    assert first.stdout.count("epoch   2/2") == 1 and "on 2 processes" in first.stdout
     assert [entry["epoch"] for entry in log_of(tmp_path / "run")] == [0, 1, 2]
     again = subprocess.run([*torchrun, *arguments], check=True, env=environment, capture_output=True, text=True)
     assert again.stdout.count("is finished") == 1

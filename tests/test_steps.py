@@ -103,6 +103,19 @@ def test_steps_agree_with_the_pseudocode(method, flags, tiny_run):
         torch.testing.assert_close(oldest_first, torch.stack(queue), rtol=1e-4, atol=1e-6)
 
 
+def test_statistics_see_the_queue_of_the_loss(tiny_run, monkeypatch):
+    """Once a key is in the queue it is a negative of itself, and no positive could rank first."""
+    seen = []
+
+    def look(q, k, temperature, dt_m, queue):
+        seen.append((queue[:, None] == k).all(dim=2).any().item())
+        return {}
+
+    monkeypatch.setattr(common, "similarity_statistics", look)
+    tiny_run("moco_v2", "--moco-k", "100")
+    assert seen == [False, False]  # once an epoch
+
+
 @pytest.mark.parametrize("size, batch", [(12, 4), (12, 5), (7, 7), (5, 12), (1, 3)])
 def test_queue_is_first_in_first_out(size, batch):
     args = moco_v2.arguments().parse_args(["--moco-k", str(size), "--moco-dim", "3", "--width", "1"])
