@@ -823,7 +823,7 @@ def knn_accuracy(backbone, data, args):
     bank = extract_features(backbone, data.train_images, args)
     features = extract_features(backbone, data.test_images, args)
     predicted = knn_predict(features, bank, data.train_labels, len(data.classes))
-    return 100 * (predicted == data.test_labels).float().mean().item()
+    return 100 * (predicted == data.test_labels).double().mean().item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1053,8 +1053,9 @@ class Run:
                 board.add_histogram(f"similarity/{name}", value, epoch)
         if show_views:
             mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
-            pairs = torch.cat([view[:16].cpu() * std + mean for view in self.two_views]).clamp(0, 1)
-            grid = torchvision.utils.make_grid(pairs, nrow=len(pairs) // 2)
+            first, second = ((view[:24].cpu() * std + mean).clamp(0, 1).split(8) for view in self.two_views)
+            rows = [row for pair in zip(first, second) for row in pair]  # the second view of an image below its first
+            grid = torchvision.utils.make_grid(torch.cat(rows), nrow=len(rows[0]))
             board.add_image("two views of each image", F.interpolate(grid[None], scale_factor=2)[0], epoch)
         board.flush()
 

@@ -119,7 +119,7 @@ def accuracies(heads, features, labels, num_classes, top=1):
         logits = heads(rows).view(len(rows), -1, num_classes)
         best = logits.topk(min(top, num_classes), dim=2).indices
         correct = correct + (best == target[:, None, None]).any(dim=2).sum(dim=0)
-    return (100 * correct / len(labels)).tolist()
+    return [100 * count / len(labels) for count in correct.tolist()]
 
 
 def evaluate(backbone, data, args):
@@ -155,7 +155,7 @@ def evaluate(backbone, data, args):
     top1, top5 = (accuracies(classifier, features["test"], data.test_labels, num_classes, top)[0] for top in (1, 5))
     knn = common.knn_predict(features["test"], features["train"], data.train_labels, num_classes)
     return dict(
-        linear_top1=top1, linear_top5=top5, knn_top1=100 * (knn == data.test_labels).float().mean().item(),
+        linear_top1=top1, linear_top5=top5, knn_top1=100 * (knn == data.test_labels).double().mean().item(),
         linear_lr=args.lrs[best], held_out_top1=dict(zip(map(str, args.lrs), held_out_top1)),
         protocol=dict(epochs=args.epochs, batch_size=args.batch_size, cached=args.cached, seed=args.seed,
                       held_out=num_held_out, precision=args.precision),
