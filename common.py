@@ -543,8 +543,8 @@ def random_resized_crop_flip(images, top, left, height, width, flip, size):
     rows = resize_matrix(top, height, images.shape[2], size)  # [N, size, H]
     columns = resize_matrix(left, width, images.shape[3], size, flip)  # [N, size, W]
     # Width first and clamped in between, as PIL's 8-bit intermediate image is: bicubic overshoots at edges.
-    images = (images @ columns.transpose(1, 2)[:, None]).clamp(0, 1)  # [N, 3, H, size]
-    return (rows[:, None] @ images).clamp(0, 1)  # [N, 3, size, size]
+    images = (images @ columns.transpose(1, 2)[:, None]).clamp_(0, 1)  # [N, 3, H, size]
+    return (rows[:, None] @ images).clamp_(0, 1)  # [N, 3, size, size]
 
 
 def to_gray(images):
@@ -558,9 +558,8 @@ def blend(images, operation, factor):
     factor * image + (1 - factor) * (black, the mean gray of the image, or its gray version). Factor 1 changes nothing."""
     operation, factor = operation[:, None, None, None], factor[:, None, None, None]
     gray = to_gray(images)
-    other = torch.where(operation == SATURATION, gray, gray.mean(dim=(2, 3), keepdim=True))
-    other = torch.where(operation == BRIGHTNESS, 0.0, other)
-    return (factor * images + (1 - factor) * other).clamp(0, 1)
+    other = torch.where(operation == SATURATION, gray, gray.mean(dim=(2, 3), keepdim=True) * (operation != BRIGHTNESS))
+    return torch.lerp(other, images, factor).clamp_(0, 1)
 
 
 def adjust_hue(images, shift):
@@ -631,8 +630,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x):
         identity = x if self.downsample is None else self.downsample(x)
-        x = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(x)) + identity)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)  # in place: activations are what fills the memory
+        return F.relu(self.bn2(self.conv2(x)).add_(identity), inplace=True)
 
 
 class ResNet(nn.Module):
@@ -650,7 +649,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):
-        x = F.relu(self.bn1(self.conv1(x)))  # no max-pooling: the images are small
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)  # no max-pooling: the images are small
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return x.mean(dim=(2, 3))
 
