@@ -15,6 +15,8 @@ import json
 import math
 import os
 import platform
+import re
+import shlex
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -858,13 +860,27 @@ def write_atomically(path, write):
     os.replace(temporary, path)
 
 
-def load_checkpoint(path):
-    """{"epoch", "model", "optimizer"} of a checkpoint.pth, on the CPU. Raises UserError if it is not one."""
+def read_checkpoint(path):
+    """What torch.save put into a file, on the CPU. Only tensors and plain Python values are read: unpickling anything else
+    could run code. Raises UserError if the file cannot be read, or holds more."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zipfile and pickle each have their own ways to fail on a damaged file
+        if more := re.search(r"GLOBAL (\S+)", str(error)):
+            load = "torch.load(sys.argv[1], 'cpu', weights_only=False)['state_dict']"
+            paths = shlex.join(map(str, (path, Path(path).with_suffix(".weights.pth"))))
+            raise UserError(
+                f"'{path}' holds more than weights ({more[1]}), and loading that could run code. If you trust it, save its "
+                f"weights alone, where the libraries it was made with are installed: "
+                f'python -c "import sys, torch; torch.save({load}, sys.argv[2])" {paths}'
+            ) from None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"'{path}' is not a checkpoint that can be read ({reason})") from None
+
+
+def load_checkpoint(path):
+    """{"epoch", "model", "optimizer"} of a checkpoint.pth, on the CPU. Raises UserError if it is not one."""
+    checkpoint = read_checkpoint(path)
     if not isinstance(checkpoint, dict) or not {"epoch", "model", "optimizer"} <= checkpoint.keys():
         raise UserError(f"'{path}' is not a checkpoint of this project")
     return checkpoint

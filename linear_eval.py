@@ -4,6 +4,8 @@
     python linear_eval.py RUN_DIR --cached      # the same on features computed once, without crops and flips: much faster
     python linear_eval.py --untrained RUN_DIR   # the network of the run as it was before training: the floor
     python linear_eval.py --table runs/         # the table of all runs below a directory, as Markdown
+    python linear_eval.py --checkpoint FILE --dataset cifar100    # a ResNet-18 trained by other code; see LAYOUTS below
+    python linear_eval.py RUN_DIR --export FILE                   # its backbone as a plain torchvision state dict
 
 The protocol:
     1. The backbone is frozen and in eval mode. Training images are randomly cropped and flipped (as in pre-training, but
@@ -35,17 +37,24 @@ LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.
 
 
 def arguments():
-    parser = common.Parser("Linear evaluation of a run, or the table of all runs.")
+    parser = common.Parser("Linear evaluation of a run or of another checkpoint, or the table of all runs.")
     add, number = parser.add_argument, common.number
     add("run", nargs="?", metavar="RUN_DIR", help="directory of a run of moco_v2.py, simmoco.py or simco.py")
     add("--table", metavar="DIR", help="print the table of all evaluated runs below DIR, and do nothing else")
+    add("--checkpoint", metavar="FILE", help="evaluate a ResNet-18 trained by other code; needs --dataset")
+    add("--dataset", choices=common.DATASETS, help="with --checkpoint: the data to evaluate on")
+    add("--subset", type=number(int, 1), metavar="N", help="with --checkpoint: N training images only")
+    add("--image-size", type=number(int, 8), help="with --checkpoint --dataset folder (default: 32)")
+    add("--stem-padding", type=int, choices=(1, 2), help="with --checkpoint (default: what the code it comes from has)")
+    add("--json", metavar="FILE", help="with --checkpoint: write the result to a new file too; without, it is only printed")
+    add("--export", metavar="FILE", help="write the backbone, named as torchvision's, to a new file, and do nothing else")
     add("--cached", action="store_true", help="compute the features once, without crops and flips")
     add("--untrained", action="store_true", help="evaluate the run's network as it was before training")
     add("--epochs", default=100, type=number(int, 1), help="of each of the two trainings")
     add("--batch-size", default=256, type=number(int, 1), help="images per step")
     add("--lrs", default=LEARNING_RATES, nargs="+", type=number(float, above=0), help="the grid of learning rates")
     add("--seed", default=0, type=number(int, 0, most=2**63 - 1), help="of the held-out part, batches and crops")
-    add("--data", metavar="DIR", help="where the dataset lies now (default: where the run had it)")
+    add("--data", metavar="DIR", help="where the dataset lies now (default: where the run had it, or data)")
     add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: a CUDA GPU if there is one")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where the hardware has it")
     return parser
@@ -67,17 +76,21 @@ def load_backbone(run_args, checkpoint):
     torch.manual_seed(run_args["seed"])  # the scripts draw the encoder first, so this draws the same one
     backbone = common.Encoder(run_args["width"], run_args["stem_padding"], run_args["moco_dim"]).backbone
     if checkpoint is not None:
-        prefixes = ("encoder.backbone.", "encoder_q.backbone.")
-        state = {
-            key[len(prefix) :]: value
-            for key, value in checkpoint["model"].items() for prefix in prefixes if key.startswith(prefix)
-        }  # fmt: skip
-        try:
-            backbone.load_state_dict(state)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"the checkpoint does not fit this run's network ({reason})") from None
+        fill(backbone, find_backbone(checkpoint, "checkpoint.pth")[0], "checkpoint.pth does not fit this run's network")
     return backbone.requires_grad_(False).eval()
+
+
+def fill(backbone, state, complaint):
+    """Load a state dict, whole. Raises UserError, `complaint` and the first keys that do not fit, for another network's."""
+    own, shape = backbone.state_dict(), lambda tensor: "x".join(map(str, tensor.shape))
+    pairs = [(key, shape(state[key]), shape(value)) for key, value in own.items() if key in state]
+    wrong = [f"{key} is {theirs}, not {ours}" for key, theirs, ours in pairs if theirs != ours]
+    wrong += [f"{key} has no place" for key in state if key not in own]
+    wrong += [f"{key} is missing" for key in own if key not in state and "num_batches" not in key]  # old files have none
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{complaint}: {'; '.join(wrong[:3])}{more}")
+    backbone.load_state_dict(state, strict=False)
 
 
 def train_linear(features_of, labels, index, num_classes, num_features, learning_rates, args):
@@ -174,6 +187,89 @@ def show_embedding(path, backbone, data, args, count=2000):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints of others
+
+# How the backbone's keys begin, after DistributedDataParallel's "module."; whose code names them so; its stem padding, which
+# neither names nor shapes tell.
+LAYOUTS = (
+    ("encoder_q.backbone.", "this project", 2), ("encoder.backbone.", "this project", 2),
+    ("encoder_q.net.", "MoCo's CIFAR demo", 1), ("encoder_q.", "MoCo's code", 1),
+    ("backbone.", "lightly", 1), ("encoder.", "unknown code", 1), ("", "torchvision", 1),
+)  # fmt: skip
+PARTS = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
+HEADS = ("fc", "linear", "head", "projector", "classifier")
+
+
+def find_backbone(checkpoint, name):
+    """Find the backbone in what `common.read_checkpoint` returned for the file `name`. Returns its state dict under
+    torchvision's names, whose code it comes from, the stem padding of that code, whether a ReLU follows the stem, and which
+    modules are left out (heads, key encoders, queue). Raises UserError if there is no backbone by a known name."""
+    if isinstance(checkpoint, dict):
+        checkpoint = checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
+    items = checkpoint.items() if isinstance(checkpoint, dict) else ()
+    tensors = {str(key).removeprefix("module."): value for key, value in items if isinstance(value, torch.Tensor)}
+    stems = {key for key, value in tensors.items() if value.dim() == 4}
+    known = [layout for layout in LAYOUTS if {layout[0] + "conv1.weight", layout[0] + "0.weight"} & stems]
+    if not known:
+        wanted = ", ".join(f"'{layout[0]}'" for layout in LAYOUTS if layout[0])
+        found = ", ".join(list(tensors)[:3]) or "no tensors"
+        raise UserError(f"{name} holds no conv1.weight (or 0.weight), alone or behind {wanted}, but {found}")
+    prefix, origin, stem_padding = known[0]
+    if prefix in ("backbone.", "encoder.") and "classifier.weight" in tensors:  # its online probe, which it always has
+        origin, stem_padding = "solo-learn", 2  # the DT authors' code is built on it
+
+    # lightly and MoCo's demo make an nn.Sequential of a ResNet's children, whose names are then numbers: those with
+    # parameters in the order of PARTS, then the head. In lightly's own ResNet the stem's ReLU is no child, so its Sequential
+    # is a network without it; it is known by layer1 having the number after bn1's.
+    inside = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    numbers = sorted({int(key.split(".")[0]) for key in inside if key.split(".")[0].isdigit()})
+    parts = dict(zip(map(str, numbers), PARTS))
+    state, depth = {}, max(1, prefix.count("."))
+    left_out = [".".join(key.split(".")[:depth]) for key in tensors if not key.startswith(prefix)]
+    for key, value in inside.items():
+        child, _, rest = key.partition(".")
+        if child in HEADS or (child.isdigit() and child not in parts):
+            left_out.append(prefix + child)
+        else:  # "shortcut" is lightly's word
+            state[f"{parts.get(child, child)}.{rest}".replace(".shortcut.", ".downsample.")] = value
+    for key, value in state.items():
+        weight = state.get(key.rpartition(".")[0] + ".weight", value)
+        if "running_" in key and value.numel() % weight.numel() == 0:
+            # lightly's split BatchNorm keeps a row of statistics for each split and evaluates with their mean.
+            state[key] = value.reshape(-1, weight.numel()).mean(dim=0)
+    return state, origin, stem_padding, 2 not in numbers, list(dict.fromkeys(left_out))
+
+
+class WithoutStemReLU(common.ResNet):
+    def forward(self, x):
+        return self.layer4(self.layer3(self.layer2(self.layer1(self.bn1(self.conv1(x)))))).mean(dim=(2, 3))
+
+
+def load_foreign_backbone(path, stem_padding):
+    """The backbone in a file, frozen, in eval mode. stem_padding: 1 or 2; None: as the code it comes from has it."""
+    state, origin, usual_padding, stem_relu, left_out = find_backbone(common.read_checkpoint(path), f"'{path}'")
+    if stem_padding is None:
+        of_a_run = origin == "this project" and path.with_name("args.json").exists()
+        stem_padding = read_run_args(path.parent)["stem_padding"] if of_a_run else usual_padding
+    backbone = (common.ResNet if stem_relu else WithoutStemReLU)(len(state["conv1.weight"]), stem_padding)
+    fill(backbone, state, f"'{path}' holds no ResNet-18 with a 3x3 first convolution")
+    print(
+        f"{path}: layout of {origin}, width {len(state['bn1.weight'])}, stem padding {stem_padding}"
+        f"{'' if stem_relu else ' and no ReLU after it'}; left out: {', '.join(left_out) or 'nothing'}"
+    )
+    return backbone.requires_grad_(False).eval()
+
+
+def export(backbone, path):
+    """Write the state dict of a backbone; say what makes torchvision's resnet18 the same network."""
+    common.write_atomically(path, lambda path: torch.save(backbone.state_dict(), path))
+    stem = f"conv1 = nn.Conv2d(3, 64, 3, padding={backbone.conv1.padding[0]}, bias=False)"
+    relu = "relu = " if isinstance(backbone, WithoutStemReLU) else ""
+    way = f"torchvision's resnet18 loads it with {stem}, {relu}maxpool = fc = nn.Identity()"
+    print(f"wrote {path}; {way if len(backbone.bn1.weight) == 64 else 'torchvision has no resnet18 as narrow or wide'}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The table
 
 TITLES = dict(moco_v2="MoCo v2", simmoco="SimMoCo", simco="SimCo")
@@ -249,36 +345,64 @@ def table(root):
     return "\n".join(text).rstrip()
 
 
+def check(args):
+    """Raises UserError for flags that do not go together, and if a file to be written is there already."""
+    if (args.run is None) == (args.checkpoint is None):
+        raise UserError("which run? python linear_eval.py RUN_DIR (or --checkpoint FILE --dataset NAME, or --table DIR)")
+    flags = ("dataset", "subset", "image_size", "stem_padding", "json") if args.run is not None else ("untrained",)
+    given = [f"--{flag.replace('_', '-')}" for flag in flags if getattr(args, flag) not in (None, False)]
+    if given:
+        raise UserError(f"{', '.join(given)} cannot be used with {'a run: it has its own' if args.run else '--checkpoint'}")
+    if args.checkpoint is not None and args.dataset is None and args.export is None:
+        raise UserError(f"--checkpoint needs --dataset, one of {', '.join(common.DATASETS)}")
+    for path in (Path(file) for file in (args.json, args.export) if file is not None):
+        if path.exists() or not path.parent.is_dir():
+            raise UserError(f"'{path}' exists already" if path.exists() else f"'{path.parent}' is no directory")
+
+
 def main():
     args = arguments().parse_args()
     if args.table is not None:
         print(table(args.table))
         return
-    if args.run is None:
-        raise UserError("which run? python linear_eval.py RUN_DIR (or --table DIR)")
+    check(args)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("linear_eval.py is one process: start it with python, not with torchrun")
-    path = Path(args.run)
-    run_args = read_run_args(path)
-    if not args.untrained and not (path / "checkpoint.pth").exists():
-        raise UserError(f"'{path}' has no checkpoint.pth yet: training has not finished an epoch")
-    checkpoint = None if args.untrained else common.load_checkpoint(path / "checkpoint.pth")
+    path = Path(args.run or args.checkpoint)
+    if args.checkpoint is not None:
+        run_args = dict(dataset=args.dataset, data=args.data or "data", subset=args.subset, image_size=args.image_size or 32)
+        backbone = load_foreign_backbone(path, args.stem_padding)
+    else:
+        run_args = read_run_args(path)
+        if not args.untrained and not (path / "checkpoint.pth").exists():
+            raise UserError(f"'{path}' has no checkpoint.pth yet: training has not finished an epoch")
+        checkpoint = None if args.untrained else common.load_checkpoint(path / "checkpoint.pth")
+        backbone = load_backbone(run_args, checkpoint)
+    if args.export is not None:
+        export(backbone, Path(args.export))
+        return
     device, started = common.choose_hardware(args), time.perf_counter()
     if device.type == "cpu" and not args.cached:
         print("note: every epoch computes the features of its crops anew; on a CPU, --cached is many times faster")
     data = common.load_dataset(run_args["dataset"], args.data or run_args["data"], True, run_args["image_size"])
     data = (data if run_args["subset"] is None else data.subset(run_args["subset"])).to(device)
-    backbone = load_backbone(run_args, checkpoint).to(device, memory_format=torch.channels_last)
+    backbone.to(device, memory_format=torch.channels_last)
 
     outcome = evaluate(backbone, data, args)
-    outcome.update(epoch=0 if args.untrained else checkpoint["epoch"], seconds=time.perf_counter() - started)
-    result = common.read_json(path / "result.json") if (path / "result.json").exists() else {}
-    if args.untrained:
-        result["untrained"] = outcome
-    else:  # an earlier evaluation of the untrained network stays
-        result = {**outcome, **{key: value for key, value in result.items() if key == "untrained"}}
-        show_embedding(path, backbone, data, args)
-    common.write_atomically(path / "result.json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
+    outcome["seconds"] = time.perf_counter() - started
+    if args.checkpoint is not None:
+        given = dict(checkpoint=args.checkpoint, stem_padding=backbone.conv1.padding[0], **run_args)
+        file, result = args.json, {**given, **outcome}
+    else:
+        outcome["epoch"], file = 0 if args.untrained else checkpoint["epoch"], path / "result.json"
+        result = common.read_json(file) if file.exists() else {}
+        if args.untrained:
+            result["untrained"] = outcome
+        else:  # an earlier evaluation of the untrained network stays
+            result = {**outcome, **{key: value for key, value in result.items() if key == "untrained"}}
+            show_embedding(path, backbone, data, args)
+    if file is not None:
+        common.write_atomically(Path(file), lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
     print(
         f"{path}{' before training' if args.untrained else ''}: linear top-1 {outcome['linear_top1']:.2f} %, top-5 "
         f"{outcome['linear_top5']:.2f} % (lr {outcome['linear_lr']}), kNN {outcome['knn_top1']:.2f} %"
