@@ -17,6 +17,8 @@ import os
 import platform
 import re
 import shlex
+import shutil
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +34,7 @@ import torchvision
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.distributed.nn.functional import all_gather as all_gather_with_gradient
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -42,16 +45,26 @@ class UserError(ValueError):
     """Something that the person who started the program can put right. `launch` shows it as one line."""
 
 
+class Stopped(Exception):
+    """A run was told to stop by the signal `number`, and has saved its state."""
+
+    def __init__(self, number):
+        self.number = number
+
+
 def launch(main):
-    """Run a script's `main()`. A UserError ends it with one line on stderr and exit code 2, Ctrl-C with exit code 130."""
+    """Run a script's `main()`. A UserError ends it with one line on stderr and exit code 2, a signal with 128 + its
+    number, as shells and schedulers expect."""
     try:
         main()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # every process of a torchrun launch meets the same error
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stop:
+        sys.exit(128 + stop.number)
     except KeyboardInterrupt:
-        print("\ninterrupted; a training run goes on after its last finished epoch when started again", file=sys.stderr)
+        print("\ninterrupted; a training run goes on from its last checkpoint when started again", file=sys.stderr)
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -112,7 +125,8 @@ def argument_parser(method, description):
     add("--out", metavar="DIR", help="run directory (default: runs/<method>-<dataset>-bs<batch size>-seed<seed>)")
     add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: a CUDA GPU if there is one")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where the hardware has it")
-    add("--compile", default="auto", choices=("auto", "on", "off"), help="torch.compile; auto: on a GPU")
+    add("--compile", default="auto", choices=("auto", "on", "off"), help="torch.compile; auto: on a GPU, or in a long run")
+    add("--deterministic", action="store_true", help="on a GPU: the same bits in every run, at some cost in speed")
     return parser
 
 
@@ -137,8 +151,10 @@ def resolve(args):
     Returns the torch.device. Raises UserError for a batch that the processes cannot share evenly.
     """
     device = choose_hardware(args)
-    if args.compile == "auto":
-        args.compile = "on" if args.device == "cuda" else "off"
+    if args.deterministic and args.device == "cuda":  # a CPU always gives the same bits
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may sum in another order each time
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not args.deterministic  # let cuDNN try its convolution algorithms, and keep the fastest
     if args.warmup_epochs is None:
         args.warmup_epochs = min(10, args.epochs // 20)
     if args.knn_every is None:
@@ -148,6 +164,14 @@ def resolve(args):
     if args.batch_size % world_size():
         raise UserError(f"--batch-size {args.batch_size} cannot be shared evenly by {world_size()} processes")
     return device
+
+
+def worth_compiling(args, num_images):
+    """What --compile auto means: yes on a GPU. On a CPU it takes minutes and saves a tenth of the time, so there must be a
+    C++ compiler, and hours to go (two cores train the full network on half a million images in about three)."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    is_long = args.epochs * num_images * (args.width / 64) ** 2 > 500_000
+    return args.device == "cuda" or (is_long and shutil.which(compiler) is not None)
 
 
 def has_fast_bf16(device):
@@ -168,13 +192,27 @@ def autocast(args):
 # 2. Processes: torchrun starts one per GPU; without torchrun there is one, and everything here is a no-op
 
 
+def join_processes(args):
+    """Join the other processes that torchrun started, if any: over NCCL on GPUs, a GPU each, else over gloo."""
+    environment = os.environ
+    if int(environment.get("WORLD_SIZE", 1)) == 1:
+        return
+    on_gpu = args.device != "cpu" and torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(environment["LOCAL_RANK"]))
+    how = {}
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and environment.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun lets all its attempts (--max-restarts) meet in one store. Restarted processes would find the addresses of
+        # the dead ones there, and wait for them (seen with PyTorch 2.11): so each attempt has names of its own in it.
+        store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False)
+        store = dist.PrefixStore(f"attempt {environment['TORCHELASTIC_RESTART_COUNT']}", store)
+        how = dict(store=store, rank=int(environment["RANK"]), world_size=int(environment["WORLD_SIZE"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo", **how)
+
+
 def init_distributed(args):
-    """Join the other processes that torchrun started, if any, settle `args` (see `resolve`) and return the device."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        on_gpu = args.device != "cpu" and torch.cuda.is_available()
-        if on_gpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+    """`join_processes`, settle `args` (see `resolve`) and return the device."""
+    join_processes(args)
     return resolve(args)
 
 
@@ -234,7 +272,7 @@ def parallelize(model, args):
         return model
     # The key encoder takes no gradient and nobody reads running BatchNorm statistics in training, so sending buffers
     # (the queue among them) at every step would be waste: `average_batchnorm` does it once an epoch.
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 @torch.no_grad()
@@ -285,6 +323,8 @@ def load_data(args, device):
         data = data.subset(args.subset)
     if args.batch_size > len(data.train_labels):
         raise UserError(f"--batch-size {args.batch_size} is more than the {len(data.train_labels)} training images")
+    if args.compile == "auto":
+        args.compile = "on" if worth_compiling(args, len(data.train_labels)) else "off"
     return data.to(device)
 
 
@@ -851,13 +891,25 @@ def read_json(path):
         raise UserError(f"cannot read '{path}' ({error})") from None
 
 
-def write_atomically(path, write):
-    """`write(temporary path)`, then put that file, flushed to disk, in the place of `path`: a crash leaves old or new."""
+def write_atomically(path, write, previous=None, size=0):
+    """`write(temporary path)`, then put that file, flushed to disk, in the place of `path`: a crash leaves old or new.
+
+    previous: where to keep the old file. size: of the new one, in bytes, for the message. Raises UserError if it cannot be
+    written; what was there before is left as it is.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save has a RuntimeError for a full disk
+        temporary.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        room = f"{size / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free there"
+        raise UserError(f"cannot write '{path}' ({room}; {str(error).splitlines()[0]}); what was there is kept") from None
 
 
 def read_checkpoint(path):
@@ -875,15 +927,30 @@ def read_checkpoint(path):
                 f'python -c "import sys, torch; torch.save({load}, sys.argv[2])" {paths}'
             ) from None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if "weights_only" in reason:  # advice on how to run the code in a file that has none
+            reason = "damaged, or not written by torch.save"
         raise UserError(f"'{path}' is not a checkpoint that can be read ({reason})") from None
 
 
 def load_checkpoint(path):
-    """{"epoch", "model", "optimizer"} of a checkpoint.pth, on the CPU. Raises UserError if it is not one."""
+    """What `Run.save` has saved, on the CPU. Raises UserError if the file is something else."""
     checkpoint = read_checkpoint(path)
-    if not isinstance(checkpoint, dict) or not {"epoch", "model", "optimizer"} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not {"epoch", "step", "loss_sum", "model", "optimizer"} <= checkpoint.keys():
         raise UserError(f"'{path}' is not a checkpoint of this project")
     return checkpoint
+
+
+def lock_file(file):
+    """Lock an open file for this process, until it is closed or the process ends. False: another process has it."""
+    try:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # no such locks on Windows and on some network file systems: then none is taken
+        pass
+    return True
 
 
 def describe_device(device):
@@ -898,19 +965,22 @@ def describe_device(device):
 
 
 class Run:
-    """A run directory, --out: args.json; log.jsonl, a line an epoch; checkpoint.pth; TensorBoard events.
+    """A run directory, --out: args.json; log.jsonl, a line an epoch; checkpoint.pth and, until the next one is written, the
+    one before it; TensorBoard events; .lock, held while a process trains here.
 
-    Started again with the same flags, a run goes on after its last finished epoch. Only rank 0 reads and writes files.
+    Started again with the same flags, a run goes on where its checkpoint is: after an epoch, or, if it was told to stop by
+    SIGTERM, SIGUSR1 or Ctrl-C, after the step it was at. Only rank 0 reads and writes files.
 
     log.jsonl: epoch (number of finished epochs; 0 is the untrained network), loss (mean of the epoch), lr, knn_top1
-    (percent; null when it was not this epoch's turn), images_per_second (training alone; an image counts once, not once
-    per view), seconds (the whole epoch, with kNN and without the checkpoint).
+    (percent; null when it was not this epoch's turn), images_per_second (training alone, since the start or the last
+    interruption; an image counts once, not once per view), seconds (the whole epoch, with kNN).
     """
 
     def __init__(self, args, device):
         """Look at the directory, touch nothing. Raises UserError if it belongs to something else."""
         self.args, self.device, self.path = args, device, Path(args.out)
-        self.augment = torch.compile(augment) if args.compile == "on" else augment
+        self.first_step, self.loss_before = 0, 0  # steps of the epoch to go on with that are done, and their losses' sum
+        self.signal, self.control, self.message, self.restore_previous = 0, None, None, False
         self.checkpoint = from_rank_zero(self.open)
         self.finished = self.checkpoint is not None and self.checkpoint["epoch"] >= args.epochs
         if self.finished and rank() == 0:
@@ -926,7 +996,7 @@ class Run:
         if not self.path.is_dir():
             raise UserError(f"--out '{self.path}' is a file")
         if not (self.path / "args.json").exists():
-            if any(self.path.iterdir()):
+            if any(path.name != ".lock" for path in self.path.iterdir()):
                 raise UserError(f"--out '{self.path}' is neither empty nor a run directory; choose another")
             return None
         theirs, ours = read_json(self.path / "args.json"), vars(self.args)
@@ -934,8 +1004,16 @@ class Run:
         differ = [f"{key} {theirs.get(key)} (now {ours.get(key)})" for key in keys if theirs.get(key) != ours.get(key)]
         if differ:
             raise UserError(f"'{self.path}' holds a run with other flags: {', '.join(differ)}; choose another --out")
-        checkpoint = self.path / "checkpoint.pth"
-        return load_checkpoint(checkpoint) if checkpoint.exists() else None
+        newest, previous = self.path / "checkpoint.pth", self.path / "checkpoint.previous.pth"
+        try:
+            if newest.exists():
+                return load_checkpoint(newest)
+        except UserError as error:
+            if not previous.exists():
+                raise
+            print(f"note: {error}; going on from the one before it", file=sys.stderr)
+        self.restore_previous = previous.exists()
+        return load_checkpoint(previous) if previous.exists() else None
 
     def start(self, model, optimizer, backbone, data):
         """Begin the run, or go on with it: fills model and optimizer. Returns the epoch to go on with, from 0.
@@ -944,6 +1022,7 @@ class Run:
         """
         args = self.args
         self.model, self.optimizer, self.backbone, self.data = model, optimizer, backbone, data
+        self.augment = torch.compile(augment) if args.compile == "on" else augment
         start_epoch = 0
         if self.checkpoint is not None:
             try:
@@ -952,55 +1031,99 @@ class Run:
             except (RuntimeError, ValueError, KeyError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(f"'{self.path}/checkpoint.pth' does not fit this network ({reason})") from None
-            start_epoch, self.checkpoint = self.checkpoint["epoch"], None
+            start_epoch, self.first_step = self.checkpoint["epoch"], self.checkpoint["step"]
+            self.loss_before = self.checkpoint["loss_sum"] if rank() == 0 else 0  # it is all processes' sum
+        going_on, self.checkpoint = self.checkpoint is not None, None
+        from_rank_zero(self.create, start_epoch, going_on)
+        self.catch_signals()
         if rank() == 0:
+            where = f", going on after epoch {start_epoch}" + (f", step {self.first_step}" if self.first_step else "")
             print(
                 f"{args.method}: {args.dataset}, {len(data.train_labels)} images, ResNet-18 width {args.width}, batch "
                 f"{args.batch_size} on {world_size()} process{'es' * (world_size() > 1)}, {describe_device(self.device)}, "
-                f"{args.precision}, {'compiled' if args.compile == 'on' else 'eager'} -> {self.path}"
-                + (f", going on after epoch {start_epoch}" if start_epoch else ""),
+                f"{args.precision}, {'compiled' if args.compile == 'on' else 'eager'} -> {self.path}{where * going_on}",
                 flush=True,
             )
-            self.create(start_epoch)
-        if start_epoch == 0:  # where learning starts from: without it no kNN figure means much
+        if not going_on:  # where learning starts from: without it no kNN figure means much
             self.log(dict(epoch=0, loss=None, lr=None, knn_top1=knn_accuracy(backbone, data, args)))
         return start_epoch
 
-    def create(self, start_epoch):
+    def create(self, start_epoch, going_on):
         from torch.utils.tensorboard import SummaryWriter  # here, because importing it takes longer than all the rest
 
         environment = dict(torch=torch.__version__, device=describe_device(self.device), processes=world_size())
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            arguments = json.dumps({**vars(self.args), "environment": environment}, indent=1)
-            write_atomically(self.path / "args.json", lambda path: path.write_text(arguments + "\n"))
-            # An interrupted run may have logged an epoch that its checkpoint does not have; that epoch comes again.
-            lines = (self.path / "log.jsonl").read_text().splitlines() if (self.path / "log.jsonl").exists() else []
-            kept = "".join(f"{line}\n" for line in lines if start_epoch and is_log_line(line, start_epoch))
-            write_atomically(self.path / "log.jsonl", lambda path: path.write_text(kept))
+            self.lock = open(self.path / ".lock", "w")
         except OSError as error:
             raise UserError(f"cannot write to --out '{self.path}' ({error})") from None
-        self.tensorboard = SummaryWriter(self.path, purge_step=start_epoch + 1 if start_epoch else 0)
+        if not lock_file(self.lock):
+            raise UserError(f"another process is training in '{self.path}'; wait for it, or choose another --out")
+        if self.restore_previous:  # in the damaged one's place, before the next save makes that the previous one
+            os.replace(self.path / "checkpoint.previous.pth", self.path / "checkpoint.pth")
+        arguments = json.dumps({**vars(self.args), "environment": environment}, indent=1)
+        write_atomically(self.path / "args.json", lambda path: path.write_text(arguments + "\n"))
+        # An interrupted run may have logged an epoch that its checkpoint does not have; that epoch comes again.
+        lines = (self.path / "log.jsonl").read_text().splitlines() if (self.path / "log.jsonl").exists() else []
+        kept = "".join(f"{line}\n" for line in lines if going_on and is_log_line(line, start_epoch))
+        write_atomically(self.path / "log.jsonl", lambda path: path.write_text(kept))
+        self.tensorboard = SummaryWriter(self.path, purge_step=start_epoch + 1 if going_on else 0)
+        self.saver, self.saving = ThreadPoolExecutor(1), None
+
+    def catch_signals(self):
+        """Let SIGTERM (the preemption notice of clusters), SIGUSR1 (SLURM's --signal) and Ctrl-C be requests to stop after
+        the step; a second one ends the process as usual."""
+
+        def request(number, frame):
+            self.signal = number
+            signal.signal(number, usual[number])
+            if rank() == 0:
+                print(f"\n{signal.Signals(number).name}: stopping after this step", file=sys.stderr, flush=True)
+
+        numbers = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM))
+        usual = {number: signal.signal(number, request) for number in numbers}
+        self.release_signals = lambda: [signal.signal(number, handler) for number, handler in usual.items()]
+        # Signals reach processes at different steps: to stop at the same one, they tell each other, step by step.
+        self.control = dist.new_group(backend="gloo") if world_size() > 1 else None
+
+    def stop_signal(self):
+        """The signal that any process has caught, by the step before this one if there are several; 0: none. All processes
+        get the same answer. The message travels while a step computes, and on the CPU, so that no GPU waits for it."""
+        if self.control is None:
+            return self.signal
+        answer = 0
+        if self.message is not None:
+            numbers, sent = self.message
+            sent.wait()
+            answer = int(numbers)
+        numbers = torch.tensor(self.signal)
+        self.message = numbers, dist.all_reduce(numbers, dist.ReduceOp.MAX, self.control, async_op=True)
+        return answer
 
     def views(self, data, epoch):
         """The batches of an epoch (0-based): yields two augmented views, float [N, 3, S, S] each, of this process's part
-        of every global batch."""
+        of every global batch. Raises Stopped, its state saved, after a step during which a signal came."""
         args, self.started = self.args, time.perf_counter()
         num_images, image_size = data.train_images.shape[:2]
         plan = draw_epoch_plan(num_images, args.batch_size, image_size, args.seed, epoch).to(self.device)
         part = args.batch_size // world_size()
         self.num_steps = self.steps_left = len(plan.index) // args.batch_size
-        self.loss_sum = torch.zeros((), device=self.device)
+        self.loss_sum = torch.zeros((), device=self.device) + self.loss_before
+        first_step, self.first_step, self.loss_before = self.first_step, 0, 0
+        self.steps_left -= first_step
+        self.steps_here, self.statistics, self.two_views = self.steps_left, None, None
         # The bar shows the newest loss that has arrived; it never makes the loop wait for the device.
         self.shown_loss = torch.zeros((), pin_memory=self.device.type == "cuda")
         title, quiet = f"epoch {epoch + 1}/{args.epochs}", None if rank() == 0 else True  # None: shown on a terminal only
         with tqdm(desc=title, total=len(plan.index), unit=" images", leave=False, disable=quiet) as self.bar:
-            for step in range(self.num_steps):
+            for step in range(first_step, self.num_steps):
                 begin = step * args.batch_size + rank() * part
                 batch = plan.rows(slice(begin, begin + part))
                 images = data.train_images[batch.index]
                 self.two_views = [self.augment(images, *(field[:, view] for field in batch[1:])) for view in (0, 1)]
                 yield self.two_views
+                if number := self.stop_signal():
+                    self.stop(number, epoch, step + 1)
 
     def record(self, loss, q, k, queue=None):
         """Note one step: its loss, without waiting for it, and in the last step of an epoch the similarities of its
@@ -1010,8 +1133,16 @@ class Run:
             self.statistics = similarity_statistics(q, k, self.args.moco_t, getattr(self.args, "dt_m", None), queue)
         self.loss_sum += loss.detach()
         self.shown_loss.copy_(loss.detach(), non_blocking=True)
-        self.bar.set_postfix(loss=f"{float(self.shown_loss):.4f}", lr=f"{self.learning_rate():.4f}", refresh=False)
+        shown = float(self.shown_loss)
+        if rank() == 0:  # whose weights are no longer finite one step after any process's loss
+            self.check_finite(shown, f"at step {self.num_steps - self.steps_left} of {self.num_steps}, or shortly before")
+        self.bar.set_postfix(loss=f"{shown:.4f}", lr=f"{self.learning_rate():.4f}", refresh=False)
         self.bar.update(self.args.batch_size)
+
+    def check_finite(self, loss, where):
+        if not math.isfinite(loss):
+            at = f"{where}, at lr {self.learning_rate():.4g} in {self.args.precision}"
+            raise UserError(f"the loss became {loss} {at}; a lower --lr may help. The last checkpoint is as it was")
 
     def learning_rate(self):
         return self.optimizer.param_groups[0]["lr"]
@@ -1024,29 +1155,69 @@ class Run:
         args, finished = self.args, epoch + 1
         loss = sum_over_processes(self.loss_sum).item() / (self.num_steps * world_size())
         trained = time.perf_counter()
-        if not math.isfinite(loss):
-            where = f"in epoch {finished}, at lr {self.learning_rate():.4g} in {args.precision}"
-            raise UserError(f"the loss became {loss} {where}; a lower --lr may help")
+        self.check_finite(loss, f"in epoch {finished}")
         average_batchnorm(self.model)
         due = finished % args.knn_every == 0 or finished == args.epochs
         entry = dict(
             epoch=finished, loss=loss, lr=self.learning_rate(),
             knn_top1=knn_accuracy(self.backbone, self.data, args) if due else None,
-            images_per_second=self.num_steps * args.batch_size / (trained - self.started),
+            images_per_second=self.steps_here * args.batch_size / (trained - self.started),
             seconds=time.perf_counter() - self.started,
         )  # fmt: skip
         self.log(entry, self.statistics, show_views=due)
-        if rank() == 0:
-            state = dict(epoch=finished, model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
-            write_atomically(self.path / "checkpoint.pth", lambda path: torch.save(state, path))
-            if finished == args.epochs:
-                self.tensorboard.close()
+        self.save(finished)
+        if finished == args.epochs:
+            self.close()
+            if rank() == 0:
                 print(f"finished. {self.next_command()}", flush=True)
 
-    def log(self, entry, statistics=None, show_views=False):
-        """One epoch: a printed line, a line of log.jsonl, TensorBoard."""
+    def save(self, epoch, step=0, loss_sum=0.0):
+        """Write checkpoint.pth: the state after `epoch` epochs and `step` steps of the next one, whose losses add up to
+        `loss_sum`. In the background: on a GPU it would take a good part of an epoch. The next call raises its UserError."""
         if rank() != 0:
             return
+        self.finish_saving()
+        state = dict(epoch=epoch, step=step, loss_sum=loss_sum)
+        state.update(model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
+        state = tree_map(lambda value: value.to("cpu", copy=True) if isinstance(value, Tensor) else value, state)
+        size = sum(value.nbytes for value in tree_leaves(state) if isinstance(value, Tensor))
+        path, previous = self.path / "checkpoint.pth", self.path / "checkpoint.previous.pth"
+        self.saving = self.saver.submit(write_atomically, path, lambda path: torch.save(state, path), previous, size)
+
+    def finish_saving(self):
+        if self.saving is not None:
+            saving, self.saving = self.saving, None
+            saving.result()
+
+    def stop(self, number, epoch, step):
+        """Save the state after `step` steps of an epoch (0-based), then raise Stopped."""
+        loss_sum = sum_over_processes(self.loss_sum).item()
+        self.check_finite(loss_sum, f"in epoch {epoch + 1}")
+        # Running statistics are moving averages, so averaging them over the processes here and at the end of the epoch is
+        # the same as at its end alone.
+        average_batchnorm(self.model)
+        self.save(epoch, step, loss_sum)
+        self.close()
+        if rank() == 0:
+            print(f"saved after step {step} of epoch {epoch + 1}; the same command goes on from there", file=sys.stderr)
+        raise Stopped(number)
+
+    def close(self):
+        if rank() == 0:
+            self.finish_saving()
+            self.tensorboard.close()
+            self.lock.close()
+        self.release_signals()
+
+    def log(self, entry, statistics=None, show_views=False):
+        """One epoch: a printed line, a line of log.jsonl, TensorBoard. Raises UserError if they cannot be written."""
+        if rank() == 0:
+            try:
+                self.write_log(entry, statistics, show_views)
+            except OSError as error:
+                raise UserError(f"cannot write to '{self.path}' ({error}); the last checkpoint is as it was") from None
+
+    def write_log(self, entry, statistics, show_views):
         epoch, board = entry["epoch"], self.tensorboard
         with open(self.path / "log.jsonl", "a") as file:
             file.write(json.dumps(entry) + "\n")
@@ -1066,7 +1237,7 @@ class Run:
                 value = value[value.isfinite()]  # the positive stands as -inf among the in-batch negatives
                 board.add_scalar(f"contrast/{name}_similarity", value.mean(), epoch)
                 board.add_histogram(f"similarity/{name}", value, epoch)
-        if show_views:
+        if show_views and self.two_views is not None:
             mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
             first, second = ((view[:24].cpu() * std + mean).clamp(0, 1).split(8) for view in self.two_views)
             rows = [row for pair in zip(first, second) for row in pair]  # the second view of an image below its first

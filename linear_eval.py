@@ -16,7 +16,6 @@ The protocol:
     4. That classifier is evaluated once on the test set: top-1 and top-5. kNN accuracy is reported beside it.
 """
 import json
-import os
 import statistics
 import time
 from collections import defaultdict
@@ -111,7 +110,8 @@ def train_linear(features_of, labels, index, num_classes, num_features, learning
     steps = args.epochs * (len(index) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(args.seed)
-    for _ in tqdm(range(args.epochs), f"linear x{len(learning_rates)}", unit="epoch", leave=False, disable=None):
+    quiet = None if common.rank() == 0 else True  # None: shown on a terminal only
+    for _ in tqdm(range(args.epochs), f"linear x{len(learning_rates)}", unit="epoch", leave=False, disable=quiet):
         order = index[torch.randperm(len(index), generator=generator).to(index.device)]
         for batch in order[: len(order) // batch_size * batch_size].split(batch_size):
             logits = heads(features_of(batch, generator)).view(batch_size, len(learning_rates), num_classes)
@@ -136,7 +136,7 @@ def accuracies(heads, features, labels, num_classes, top=1):
 
 
 def evaluate(backbone, data, args):
-    """The protocol of this file's docstring. Returns what goes into result.json."""
+    """The protocol of this file's docstring. Returns what goes into result.json, and the test features [N, D]."""
     num_images, num_classes, num_features = len(data.train_labels), len(data.classes), backbone.num_features
     features = {split: extract_features(backbone, getattr(data, f"{split}_images"), args) for split in ("train", "test")}
 
@@ -144,10 +144,13 @@ def evaluate(backbone, data, args):
         image_size = data.train_images.shape[1]
         box = common.sample_crops(len(index), image_size, generator)
         flip = torch.rand(len(index), generator=generator) < 0.5
-        parameters = [parameter.to(index.device) for parameter in (*box, flip)]
+        result = torch.zeros(len(index), num_features, device=index.device)
+        mine = slice(common.rank(), None, common.world_size())  # each process computes a part; all of them get the whole
+        parameters = [parameter[mine].to(index.device) for parameter in (*box, flip)]
         with torch.no_grad(), autocast(args):
-            images = random_resized_crop_flip(to_float(data.train_images[index]), *parameters, image_size)
-            return backbone(normalize(images)).float()
+            images = random_resized_crop_flip(to_float(data.train_images[index[mine]]), *parameters, image_size)
+            result[mine] = backbone(normalize(images)).float()
+        return common.sum_over_processes(result)
 
     def cached(index, generator):
         return features["train"][index]
@@ -161,29 +164,29 @@ def evaluate(backbone, data, args):
     held_out, rest = shuffled[:num_held_out], shuffled[num_held_out:]
     held_out_top1 = accuracies(train(rest, args.lrs), features["train"][held_out], data.train_labels[held_out], num_classes)
     best = max(range(len(args.lrs)), key=lambda i: held_out_top1[i])
-    if len(args.lrs) > 2 and best in (0, len(args.lrs) - 1):
+    if len(args.lrs) > 2 and best in (0, len(args.lrs) - 1) and common.rank() == 0:
         print(f"note: the best learning rate, {args.lrs[best]}, is at the end of the grid; --lrs can extend it")
 
     classifier = train(shuffled, [args.lrs[best]])
     top1, top5 = (accuracies(classifier, features["test"], data.test_labels, num_classes, top)[0] for top in (1, 5))
     knn = common.knn_predict(features["test"], features["train"], data.train_labels, num_classes)
-    return dict(
+    result = dict(
         linear_top1=top1, linear_top5=top5, knn_top1=100 * (knn == data.test_labels).double().mean().item(),
         linear_lr=args.lrs[best], held_out_top1=dict(zip(map(str, args.lrs), held_out_top1)),
         protocol=dict(epochs=args.epochs, batch_size=args.batch_size, cached=args.cached, seed=args.seed,
                       held_out=num_held_out, precision=args.precision),
     )  # fmt: skip
+    return result, features["test"]
 
 
-def show_embedding(path, backbone, data, args, count=2000):
+def show_embedding(path, features, data, count=2000):
     """Put the features of some test images, with labels and thumbnails, into TensorBoard's projector."""
     from torch.utils.tensorboard import SummaryWriter
 
-    images, labels = data.test_images[:count], data.test_labels[:count].tolist()
-    features = extract_features(backbone, images, args)
+    names = [data.classes[label] for label in data.test_labels[:count].tolist()]
+    thumbnails = data.test_images[:count].permute(0, 3, 1, 2).cpu().float() / 255
     with SummaryWriter(path) as board:
-        names = [data.classes[label] for label in labels]
-        board.add_embedding(features.cpu(), names, images.permute(0, 3, 1, 2).cpu().float() / 255, tag="test_features")
+        board.add_embedding(features[:count].cpu(), names, thumbnails, tag="test_features")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -360,52 +363,69 @@ def check(args):
             raise UserError(f"'{path}' exists already" if path.exists() else f"'{path.parent}' is no directory")
 
 
+def load(args):
+    """The backbone that the flags name, what is known of its data, and how many epochs it was trained (None: not known)."""
+    path = Path(args.run or args.checkpoint)
+    if args.checkpoint is not None:
+        run_args = dict(dataset=args.dataset, data=args.data or "data", subset=args.subset, image_size=args.image_size or 32)
+        return load_foreign_backbone(path, args.stem_padding), run_args, None
+    run_args = read_run_args(path)
+    if args.untrained:
+        return load_backbone(run_args, None), run_args, 0
+    if not (path / "checkpoint.pth").exists():
+        raise UserError(f"'{path}' has no checkpoint.pth yet: training has not finished an epoch")
+    checkpoint = common.load_checkpoint(path / "checkpoint.pth")
+    return load_backbone(run_args, checkpoint), run_args, checkpoint["epoch"]
+
+
+def save(args, outcome, backbone, run_args):
+    """Write what was measured: into the run's result.json, or for a --checkpoint to --json, if given."""
+    if args.checkpoint is not None:
+        given = dict(checkpoint=args.checkpoint, stem_padding=backbone.conv1.padding[0], **run_args)
+        file, result = args.json, {**given, **outcome}
+    else:
+        file = Path(args.run, "result.json")
+        result = common.read_json(file) if file.exists() else {}
+        if args.untrained:
+            result["untrained"] = outcome
+        else:  # an earlier evaluation of the untrained network stays
+            result = {**outcome, **{key: value for key, value in result.items() if key == "untrained"}}
+    if file is not None:
+        common.write_atomically(Path(file), lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
+
+
 def main():
     args = arguments().parse_args()
     if args.table is not None:
         print(table(args.table))
         return
     check(args)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("linear_eval.py is one process: start it with python, not with torchrun")
-    path = Path(args.run or args.checkpoint)
-    if args.checkpoint is not None:
-        run_args = dict(dataset=args.dataset, data=args.data or "data", subset=args.subset, image_size=args.image_size or 32)
-        backbone = load_foreign_backbone(path, args.stem_padding)
-    else:
-        run_args = read_run_args(path)
-        if not args.untrained and not (path / "checkpoint.pth").exists():
-            raise UserError(f"'{path}' has no checkpoint.pth yet: training has not finished an epoch")
-        checkpoint = None if args.untrained else common.load_checkpoint(path / "checkpoint.pth")
-        backbone = load_backbone(run_args, checkpoint)
+    common.join_processes(args)
+    backbone, run_args, epoch = common.from_rank_zero(load, args)
     if args.export is not None:
-        export(backbone, Path(args.export))
+        common.from_rank_zero(export, backbone, Path(args.export))
         return
     device, started = common.choose_hardware(args), time.perf_counter()
-    if device.type == "cpu" and not args.cached:
+    if device.type == "cpu" and not args.cached and common.rank() == 0:
         print("note: every epoch computes the features of its crops anew; on a CPU, --cached is many times faster")
-    data = common.load_dataset(run_args["dataset"], args.data or run_args["data"], True, run_args["image_size"])
+    where = run_args["dataset"], args.data or run_args["data"], True, run_args["image_size"]
+    data = common.from_rank_zero(common.load_dataset, *where)
     data = (data if run_args["subset"] is None else data.subset(run_args["subset"])).to(device)
     backbone.to(device, memory_format=torch.channels_last)
 
-    outcome = evaluate(backbone, data, args)
+    outcome, test_features = evaluate(backbone, data, args)
     outcome["seconds"] = time.perf_counter() - started
-    if args.checkpoint is not None:
-        given = dict(checkpoint=args.checkpoint, stem_padding=backbone.conv1.padding[0], **run_args)
-        file, result = args.json, {**given, **outcome}
-    else:
-        outcome["epoch"], file = 0 if args.untrained else checkpoint["epoch"], path / "result.json"
-        result = common.read_json(file) if file.exists() else {}
-        if args.untrained:
-            result["untrained"] = outcome
-        else:  # an earlier evaluation of the untrained network stays
-            result = {**outcome, **{key: value for key, value in result.items() if key == "untrained"}}
-            show_embedding(path, backbone, data, args)
-    if file is not None:
-        common.write_atomically(Path(file), lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
+    if epoch is not None:
+        outcome["epoch"] = epoch
+    if common.rank() != 0:
+        return
+    save(args, outcome, backbone, run_args)
+    if args.run is not None and not args.untrained:
+        show_embedding(args.run, test_features, data)
     print(
-        f"{path}{' before training' if args.untrained else ''}: linear top-1 {outcome['linear_top1']:.2f} %, top-5 "
-        f"{outcome['linear_top5']:.2f} % (lr {outcome['linear_lr']}), kNN {outcome['knn_top1']:.2f} %"
+        f"{args.run or args.checkpoint}{' before training' if args.untrained else ''}: linear top-1 "
+        f"{outcome['linear_top1']:.2f} %, top-5 {outcome['linear_top5']:.2f} % (lr {outcome['linear_lr']}), "
+        f"kNN {outcome['knn_top1']:.2f} %"
     )
 
 

@@ -18,6 +18,11 @@ METHODS = {"moco_v2": moco_v2, "simmoco": simmoco, "simco": simco}
 TINY = "--dataset shapes --subset 64 --batch-size 32 --width 2 --moco-dim 8 --epochs 2 --precision fp32 --device cpu".split()
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "soak: takes minutes; runs only if asked for, by -m soak")
+    config.option.markexpr = config.option.markexpr or "not soak"
+
+
 @pytest.fixture
 def run_script(monkeypatch):
     """run_script(module, *flags): what `python module.py flags` does, in this process; returns the exit code."""

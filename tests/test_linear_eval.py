@@ -1,12 +1,15 @@
 """Linear evaluation: the frozen backbone, the wide layer, the protocol, and the table."""
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import METHODS
+from conftest import METHODS, ROOT
 
 import common
 import linear_eval
@@ -37,6 +40,20 @@ def test_evaluates_a_run_and_moves_nothing_of_it(method, flags, tiny_run, run_sc
     projector = out / "00000" / "test_features"
     assert {path.name for path in projector.iterdir()} == {"metadata.tsv", "sprite.png", "tensors.tsv"}
     assert len((projector / "metadata.tsv").read_text().split()) == 1024
+
+
+def test_two_processes_give_the_result_of_one(tiny_run, tmp_path):
+    out, results = tiny_run("simco"), []
+    for launch in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]):
+        command = [sys.executable, *launch, str(ROOT / "linear_eval.py"), str(out), *QUICK]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        assert printed.stdout.count("linear top-1") == 1
+        results.append(json.loads((out / "result.json").read_text()))
+    one, two = results
+    assert one["linear_lr"] == two["linear_lr"] and one["held_out_top1"] == two["held_out_top1"]
+    for key in ("linear_top1", "linear_top5", "knn_top1"):
+        assert one[key] == pytest.approx(two[key], abs=100 / 1024)  # rounding may tip one test image
 
 
 def test_untrained_is_the_network_before_its_first_step(tiny_run, run_script):
@@ -87,9 +104,9 @@ def test_learning_rate_is_chosen_without_the_test_set(monkeypatch):
     backbone, trained_on = Pixels().eval(), []
     train = linear_eval.train_linear
     monkeypatch.setattr(linear_eval, "train_linear", lambda *a: trained_on.append(a[2]) or train(*a))
-    first = linear_eval.evaluate(backbone, data, args)
+    first, _ = linear_eval.evaluate(backbone, data, args)
     spoiled = common.dataclasses.replace(data, test_labels=(data.test_labels + 1) % 10)
-    second = linear_eval.evaluate(backbone, spoiled, args)
+    second, _ = linear_eval.evaluate(backbone, spoiled, args)
     assert first["linear_lr"] == second["linear_lr"] and first["held_out_top1"] == second["held_out_top1"]
     assert first["linear_top1"] != second["linear_top1"]
     assert len(trained_on[0]) == 270 and len(trained_on[1]) == 300
