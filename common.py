@@ -1,7 +1,7 @@
 """What moco_v2.py, simmoco.py and simco.py share and what is not the method: in the order the data flows,
 
     1. errors and flags           5. ResNet-18 for CIFAR and the projection head
-    2. processes                  6. the two losses
+    2. processes                  6. the losses
     3. datasets                   7. the kNN monitor
     4. augmentation               8. the run: learning rate, log, TensorBoard, checkpoint and resume
 
@@ -116,6 +116,30 @@ def argument_parser(method, description):
     return parser
 
 
+def add_mechanism_flags(parser, loss):
+    """The flags by which the three methods exchange a part for that of another paper; `loss` is the method's own."""
+    add = parser.add_argument
+    add("--loss", default=loss, choices=("infonce", "eqco", "dual"), help="dual: dual temperature")
+    add("--alpha", type=number(float, above=0), help="--loss eqco: how many negatives those there are shall count as")
+    add("--dt-m", default=10.0, type=number(float, above=0), help="--loss dual: T_beta / T_alpha; 1: InfoNCE")
+
+
+def check_mechanisms(args):
+    """Raises UserError for flags of `add_mechanism_flags`, or of one method, that make no sense together."""
+    num_negatives, batch_size = getattr(args, "num_negatives", None), args.batch_size
+    for wrong, message in (
+        (args.loss == "eqco" and args.alpha is None, "--loss eqco needs --alpha, for example --alpha 256"),
+        (args.loss != "eqco" and args.alpha is not None, f"--alpha is for --loss eqco, and this is --loss {args.loss}"),
+        (args.loss != "dual" and args.dt_m != 10, f"--dt-m is for --loss dual, and this is --loss {args.loss}"),
+        (
+            num_negatives is not None and num_negatives >= batch_size,
+            f"--num-negatives {num_negatives}: a batch of {batch_size} has {batch_size - 1} for each query at most",
+        ),
+    ):
+        if wrong:
+            raise UserError(message)
+
+
 # Where a run computes may change between its start and its end; what it computes may not.
 MACHINE_FLAGS = ("data", "out", "device", "compile", "environment")
 
@@ -134,7 +158,8 @@ def choose_hardware(args):
 def resolve(args):
     """Replace all flags of `argument_parser` that were left to be chosen by what they mean for this run on this machine.
 
-    Returns the torch.device. Raises UserError for a batch that the processes cannot share evenly.
+    Returns the torch.device. Raises UserError for a batch that the processes cannot share evenly, and for flags that make
+    no sense together.
     """
     device = choose_hardware(args)
     if args.compile == "auto":
@@ -147,6 +172,8 @@ def resolve(args):
         args.out = f"runs/{args.method}-{args.dataset}-bs{args.batch_size}-seed{args.seed}"
     if args.batch_size % world_size():
         raise UserError(f"--batch-size {args.batch_size} cannot be shared evenly by {world_size()} processes")
+    if "loss" in args:
+        check_mechanisms(args)
     return device
 
 
@@ -687,12 +714,13 @@ class Encoder(nn.Module):
 # 6. Losses
 
 
-def similarities(q, k, queue=None):
+def similarities(q, k, queue=None, num_negatives=None, generator=None):
     """Cosine similarities of queries with their positives [N] and with their negatives [N, K].
 
     q, k: [N, C], L2-normalised; row i of k is the positive of row i of q. queue [K, C]: the negatives; None: the other
-    keys of the batch, of all processes' batches if there are several. Similarities are computed in float32 or better; a
-    key that is no negative (the positive itself) stands as -inf.
+    keys of the batch, of all processes' batches if there are several, or `num_negatives` of them, drawn for each query from
+    `generator`, which must be in the same state on all processes. Similarities are computed in float32 or better; a key
+    that is no negative (the positive itself) stands as -inf.
     """
     if q.dtype != torch.float64:
         q, k = q.float(), k.float()
@@ -704,8 +732,15 @@ def similarities(q, k, queue=None):
     similarity = q @ keys.T  # NxM
     row = torch.arange(len(q), device=q.device)
     own = (row + rank() * len(q))[:, None]  # where in the global batch this process's positives are
-    is_positive = own == torch.arange(len(keys), device=q.device)
-    return similarity.gather(1, own).squeeze(1), similarity.masked_fill(is_positive, -math.inf)
+    positive = similarity.gather(1, own).squeeze(1)
+    if num_negatives is None:
+        is_positive = own == torch.arange(len(keys), device=q.device)
+        return positive, similarity.masked_fill(is_positive, -math.inf)
+    if not 1 <= num_negatives < len(keys):
+        raise ValueError(f"num_negatives must be from 1 to {len(keys) - 1}, not {num_negatives}")
+    # Drawn for the whole global batch, so that a query has the same negatives on any number of processes.
+    draw = torch.rand(len(keys), len(keys), device=q.device, generator=generator).fill_diagonal_(-1)  # positives: last
+    return positive, similarity.gather(1, draw[own.squeeze(1)].topk(num_negatives, dim=1).indices)
 
 
 def negative_log_odds(positive, negative, temperature):
@@ -723,35 +758,36 @@ def check_temperatures(**temperatures):
             raise ValueError(f"{name} must be positive, not {value}")
 
 
-def info_nce_loss(q, k, temperature=0.1, queue=None, alpha=None):
+def info_nce_loss(q, k, temperature=0.1, queue=None, alpha=None, num_negatives=None, generator=None):
     """InfoNCE (MoCo, equation 1): the mean over queries of -log [ e^(s_pos/T) / (e^(s_pos/T) + sum_neg e^(s_neg/T)) ].
 
     q, k: [N, C], L2-normalised; row i of k is the positive of row i of q.
-    queue: [K, C] negatives; None: the other rows of k (of all processes).
+    queue: [K, C] negatives; None: the other rows of k (of all processes), or `num_negatives` of them (see `similarities`).
     alpha: EqCo's margin T * log(alpha / K) on the positive, which makes the K negatives count as alpha of them.
     Returns a scalar. Raises ValueError for a temperature or alpha that is not positive, or if there is no negative.
     """
     check_temperatures(temperature=temperature, alpha=1 if alpha is None else alpha)
     with torch.autocast(q.device.type, enabled=False):
-        positive, negative = similarities(q, k, queue)
+        positive, negative = similarities(q, k, queue, num_negatives, generator)
         log_odds = negative_log_odds(positive, negative, temperature)
         if alpha is not None:
-            num_negatives = negative.shape[1] - (queue is None)
-            log_odds = log_odds + math.log(alpha / num_negatives)
+            count = negative.shape[1] - (queue is None and num_negatives is None)  # there the positive has a column too
+            log_odds = log_odds + math.log(alpha / count)
         return F.softplus(log_odds).mean()
 
 
-def dual_temperature_loss(q, k, temperature=0.1, dt_m=10.0, queue=None):
+def dual_temperature_loss(q, k, temperature=0.1, dt_m=10.0, queue=None, num_negatives=None, generator=None):
     """Dual temperature (DT): the mean over queries of weight * InfoNCE at T_alpha = `temperature`, where
     weight = (1 - p at T_beta) / (1 - p at T_alpha), T_beta = `dt_m` * T_alpha, and no gradient flows through the weight.
 
     q, k: [N, C], L2-normalised; row i of k is the positive of row i of q.
-    queue: [K, C] negatives; None: the other rows of k (of all processes). dt_m = 1 is InfoNCE.
+    queue: [K, C] negatives; None: the other rows of k (of all processes), or `num_negatives` of them (see `similarities`).
+    dt_m = 1 is InfoNCE.
     Returns a scalar. Raises ValueError for a temperature or dt_m that is not positive, or if there is no negative.
     """
     check_temperatures(temperature=temperature, dt_m=dt_m)
     with torch.autocast(q.device.type, enabled=False):
-        positive, negative = similarities(q, k, queue)
+        positive, negative = similarities(q, k, queue, num_negatives, generator)
         log_odds = negative_log_odds(positive, negative, temperature)  # M: 1 - p = sigmoid(M), InfoNCE = softplus(M)
         with torch.no_grad():
             hardness = torch.sigmoid(negative_log_odds(positive, negative, temperature * dt_m))  # 1 - p at T_beta
@@ -767,6 +803,14 @@ def softplus_over_sigmoid(x):
     """log(1 + e^x) * (1 + e^-x), which tends to 1 for x -> -inf, where both factors of the quotient underflow."""
     small = x.clamp(min=-40)  # there the quotient is 1 + e^x / 2 = 1, in float64 too
     return F.softplus(small) / torch.sigmoid(small)
+
+
+def contrastive_loss(q, k, args, generator, queue=None):
+    """The loss that --loss names, with the flags that belong to it. q, k, generator, queue: as for the losses."""
+    num_negatives = getattr(args, "num_negatives", None)
+    if args.loss == "dual":
+        return dual_temperature_loss(q, k, args.moco_t, args.dt_m, queue, num_negatives, generator)
+    return info_nce_loss(q, k, args.moco_t, queue, args.alpha, num_negatives, generator)  # EqCo is InfoNCE with an alpha
 
 
 @torch.no_grad()
@@ -984,13 +1028,13 @@ class Run:
 
     def views(self, data, epoch):
         """The batches of an epoch (0-based): yields two augmented views, float [N, 3, S, S] each, of this process's part
-        of every global batch."""
+        of every global batch. `generator` is for what else the step draws, and in the same state on all processes."""
         args, self.started = self.args, time.perf_counter()
         num_images, image_size = data.train_images.shape[:2]
         plan = draw_epoch_plan(num_images, args.batch_size, image_size, args.seed, epoch).to(self.device)
         part = args.batch_size // world_size()
         self.num_steps = self.steps_left = len(plan.index) // args.batch_size
-        self.loss_sum = torch.zeros((), device=self.device)
+        self.loss_sum, self.generator = torch.zeros((), device=self.device), torch.Generator(self.device)
         # The bar shows the newest loss that has arrived; it never makes the loop wait for the device.
         self.shown_loss = torch.zeros((), pin_memory=self.device.type == "cuda")
         title, quiet = f"epoch {epoch + 1}/{args.epochs}", None if rank() == 0 else True  # None: shown on a terminal only
@@ -999,6 +1043,9 @@ class Run:
                 begin = step * args.batch_size + rank() * part
                 batch = plan.rows(slice(begin, begin + part))
                 images = data.train_images[batch.index]
+                # What a step draws on the device depends on (seed, epoch, step) alone; the plan has (seed, epoch, 0).
+                state = np.random.SeedSequence([args.seed, epoch, step + 1]).generate_state(1, np.uint64)
+                self.generator.manual_seed(int(state[0]))
                 self.two_views = [self.augment(images, *(field[:, view] for field in batch[1:])) for view in (0, 1)]
                 yield self.two_views
 
@@ -1007,7 +1054,8 @@ class Run:
         queries and keys [N, C] (with the queue [K, C] as it was for the loss), for TensorBoard."""
         self.steps_left -= 1
         if self.steps_left == 0:
-            self.statistics = similarity_statistics(q, k, self.args.moco_t, getattr(self.args, "dt_m", None), queue)
+            dt_m = self.args.dt_m if self.args.loss == "dual" else None
+            self.statistics = similarity_statistics(q, k, self.args.moco_t, dt_m, queue)
         self.loss_sum += loss.detach()
         self.shown_loss.copy_(loss.detach(), non_blocking=True)
         self.bar.set_postfix(loss=f"{float(self.shown_loss):.4f}", lr=f"{self.learning_rate():.4f}", refresh=False)

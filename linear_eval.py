@@ -288,10 +288,11 @@ def settings(run_args):
     defaults = vars({"moco_v2": moco_v2, "simmoco": simmoco, "simco": simco}[run_args["method"]].arguments().parse_args([]))
     shared_flags = vars(common.argument_parser("", "").parse_args([])).keys()
     changed = {key: value for key, value in run_args.items() if key not in NOT_IN_HEADING and value != defaults.get(key)}
-    words = [{}, {}]
-    for key, value in changed.items():
-        words[key not in shared_flags][key] = value
-    return tuple(", ".join(f"{key.replace('_', '-')} {value}" for key, value in sorted(part.items())) for part in words)
+    words = [[], []]
+    for key, value in sorted(changed.items()):
+        name = key.replace("_", "-")
+        words[key not in shared_flags].append(name if value is True else f"{name} {value}")
+    return tuple(", ".join(part) for part in words)
 
 
 def mean_and_spread(values):

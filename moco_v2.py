@@ -25,13 +25,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
-from common import Encoder, Run, adjust_learning_rate, autocast, info_nce_loss
+from common import Encoder, Run, adjust_learning_rate, autocast, contrastive_loss
 
 
 def arguments():
     parser = common.argument_parser("moco_v2", "Train MoCo v2.")
     parser.add_argument("--moco-m", default=0.99, type=common.number(float, 0, most=1), help="momentum of the key encoder")
     parser.add_argument("--moco-k", default=65536, type=common.number(int, 1), help="number of keys in the queue")
+    common.add_mechanism_flags(parser, loss="infonce")
+    parser.add_argument("--symmetric", action="store_true", help="the mean of both directions: view 2 queries view 1 too")
     return parser
 
 
@@ -90,7 +92,11 @@ def main():
         for view1, view2 in run.views(data, epoch):  # Nx3xHxW each
             with autocast(args):
                 q, k = parallel_model(view1, view2)  # NxC each, L2-normalised
-            loss = info_nce_loss(q, k, args.moco_t, model.queue)
+            loss = contrastive_loss(q, k, args, run.generator, model.queue)
+            if args.symmetric:
+                with autocast(args):
+                    q2, k1 = parallel_model(view2, view1)
+                loss = 0.5 * (loss + contrastive_loss(q2, k1, args, run.generator, model.queue))
 
             optimizer.zero_grad()
             loss.backward()
@@ -98,6 +104,8 @@ def main():
             run.record(loss, q, k, model.queue)
             model.momentum_update_key_encoder()
             model.dequeue_and_enqueue(k)
+            if args.symmetric:
+                model.dequeue_and_enqueue(k1)
 
         run.end_epoch(epoch)
 

@@ -21,12 +21,14 @@ import torch
 import torch.nn as nn
 
 import common
-from common import Encoder, Run, adjust_learning_rate, autocast, dual_temperature_loss
+from common import Encoder, Run, adjust_learning_rate, autocast, contrastive_loss
 
 
 def arguments():
     parser = common.argument_parser("simco", "Train SimCo.")
-    parser.add_argument("--dt-m", default=10.0, type=common.number(float, above=0), help="T_beta / T_alpha; 1: InfoNCE")
+    common.add_mechanism_flags(parser, loss="dual")
+    help_negatives = "negatives per query, drawn from the batch (default: all other images)"
+    parser.add_argument("--num-negatives", type=common.number(int, 1), metavar="K", help=help_negatives)
     return parser
 
 
@@ -65,10 +67,8 @@ def main():
         for view1, view2 in run.views(data, epoch):  # Nx3xHxW each
             with autocast(args):
                 q1, q2 = parallel_model(view1, view2)  # NxC each, L2-normalised
-            loss = 0.5 * (
-                dual_temperature_loss(q1, q2, args.moco_t, args.dt_m)
-                + dual_temperature_loss(q2, q1, args.moco_t, args.dt_m)
-            )
+            loss = contrastive_loss(q1, q2, args, run.generator)
+            loss = 0.5 * (loss + contrastive_loss(q2, q1, args, run.generator))
 
             optimizer.zero_grad()
             loss.backward()

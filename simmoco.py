@@ -24,13 +24,16 @@ import torch
 import torch.nn as nn
 
 import common
-from common import Encoder, Run, adjust_learning_rate, autocast, dual_temperature_loss
+from common import Encoder, Run, adjust_learning_rate, autocast, contrastive_loss
 
 
 def arguments():
     parser = common.argument_parser("simmoco", "Train SimMoCo.")
     parser.add_argument("--moco-m", default=0.99, type=common.number(float, 0, most=1), help="momentum of the key encoder")
-    parser.add_argument("--dt-m", default=10.0, type=common.number(float, above=0), help="T_beta / T_alpha; 1: InfoNCE")
+    common.add_mechanism_flags(parser, loss="dual")
+    help_negatives = "negatives per query, drawn from the batch (default: all other images)"
+    parser.add_argument("--num-negatives", type=common.number(int, 1), metavar="K", help=help_negatives)
+    parser.add_argument("--symmetric", action="store_true", help="the mean of both directions: view 2 queries view 1 too")
     return parser
 
 
@@ -77,7 +80,11 @@ def main():
         for view1, view2 in run.views(data, epoch):  # Nx3xHxW each
             with autocast(args):
                 q, k = parallel_model(view1, view2)  # NxC each, L2-normalised
-            loss = dual_temperature_loss(q, k, args.moco_t, args.dt_m)
+            loss = contrastive_loss(q, k, args, run.generator)
+            if args.symmetric:
+                with autocast(args):
+                    q2, k1 = parallel_model(view2, view1)
+                loss = 0.5 * (loss + contrastive_loss(q2, k1, args, run.generator))
 
             optimizer.zero_grad()
             loss.backward()
