@@ -122,11 +122,15 @@ def add_mechanism_flags(parser, loss):
     add("--loss", default=loss, choices=("infonce", "eqco", "dual"), help="dual: dual temperature")
     add("--alpha", type=number(float, above=0), help="--loss eqco: how many negatives those there are shall count as")
     add("--dt-m", default=10.0, type=number(float, above=0), help="--loss dual: T_beta / T_alpha; 1: InfoNCE")
+    add("--head-bn", action="store_true", help="BatchNorm after each linear layer of the head, as in SiMo")
+    add("--bn-splits", default=1, type=number(int, 1), metavar="G", help="BatchNorm over G groups of a process's images")
+    add("--sync-bn", action="store_true", help="BatchNorm over the images of all processes")
 
 
 def check_mechanisms(args):
     """Raises UserError for flags of `add_mechanism_flags`, or of one method, that make no sense together."""
     num_negatives, batch_size = getattr(args, "num_negatives", None), args.batch_size
+    part, groups = batch_size // world_size(), args.bn_splits
     for wrong, message in (
         (args.loss == "eqco" and args.alpha is None, "--loss eqco needs --alpha, for example --alpha 256"),
         (args.loss != "eqco" and args.alpha is not None, f"--alpha is for --loss eqco, and this is --loss {args.loss}"),
@@ -135,6 +139,12 @@ def check_mechanisms(args):
             num_negatives is not None and num_negatives >= batch_size,
             f"--num-negatives {num_negatives}: a batch of {batch_size} has {batch_size - 1} for each query at most",
         ),
+        (
+            groups > 1 and (part % groups > 0 or part < 2 * groups),
+            f"--bn-splits {groups}: a process's {part} images make no {groups} equal groups of two or more",
+        ),
+        (args.sync_bn and groups > 1, "--sync-bn is one group of all images, --bn-splits several: choose one of them"),
+        (args.sync_bn and world_size() > 1 and args.device == "cpu", "--sync-bn: PyTorch has it for GPUs only"),
     ):
         if wrong:
             raise UserError(message)
@@ -222,9 +232,25 @@ def concat_all_gather(tensor):
         return tensor
     if torch.is_grad_enabled() and tensor.requires_grad:
         return torch.cat(all_gather_with_gradient(tensor))
+    tensor = tensor.contiguous()
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(parts, tensor.contiguous())
+    dist.all_gather(parts, tensor)
     return torch.cat(parts)
+
+
+def batch_shuffle(x, order):
+    """This process's rows of the global batch in another order, so that a key is not normalised with the images that its
+    query was normalised with (MoCo, section 3.3).
+
+    x [N, ...]: this process's rows of the global batch; order int64 [world_size * N]: a permutation of the global batch,
+    the same on all processes; None: x stays as it is.
+    """
+    return x if order is None else concat_all_gather(x)[order.view(world_size(), -1)[rank()]]
+
+
+def batch_unshuffle(x, order):
+    """Undo `batch_shuffle`."""
+    return x if order is None else batch_shuffle(x, order.argsort())
 
 
 def sum_over_processes(tensor):
@@ -268,7 +294,7 @@ def parallelize(model, args):
 def average_batchnorm(model):
     """Give all processes the same running BatchNorm statistics, the mean of their own, so that they evaluate one network."""
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):  # of any dimension, split and synchronised ones too
             for statistic in (module.running_mean, module.running_var):
                 sum_over_processes(statistic).div_(world_size())
 
@@ -693,21 +719,68 @@ def resnet18(width=64, stem_padding=2):
     return ResNet(width, stem_padding)
 
 
-def projection_head(features, hidden=128, dim=128):
-    """MoCo v2's two-layer head, with the DT authors' hidden size. [B, features] -> [B, dim]."""
-    return nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+def projection_head(features, hidden=128, dim=128, batchnorm=False):
+    """MoCo v2's two-layer head, with the DT authors' hidden size. [B, features] -> [B, dim].
+
+    batchnorm: after each linear layer, as in SiMo (EqCo).
+    """
+    sizes, layers = (features, hidden, dim), []
+    for size_in, size_out in zip(sizes, sizes[1:]):
+        layers += [nn.Linear(size_in, size_out), *([nn.BatchNorm1d(size_out)] if batchnorm else []), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
 
 
 class Encoder(nn.Module):
     """Backbone and head: images [B, 3, H, W] -> L2-normalised queries or keys, float32 [B, dim]."""
 
-    def __init__(self, width=64, stem_padding=2, dim=128):
+    def __init__(self, width=64, stem_padding=2, dim=128, head_bn=False):
         super().__init__()
         self.backbone = resnet18(width, stem_padding)
-        self.head = projection_head(self.backbone.num_features, dim=dim)
+        self.head = projection_head(self.backbone.num_features, dim=dim, batchnorm=head_bn)
 
     def forward(self, x):
         return F.normalize(self.head(self.backbone(x)).float(), dim=1)
+
+
+class SplitBatchNorm(nn.BatchNorm2d):
+    """BatchNorm of [N, C, ...] over each of `splits` groups of consecutive rows, as if each were on a GPU of its own (MoCo's
+    CIFAR demo). Running statistics are the mean of what those of the groups would be: the average of `average_batchnorm`.
+    With one group it is nn.BatchNorm2d to the last bit."""
+
+    def __init__(self, num_features, splits):
+        super().__init__(num_features)
+        self.splits = splits
+
+    def forward(self, x):
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        parts, means, variances = [], [], []
+        for part in x.chunk(self.splits):
+            mean, variance = self.running_mean.clone(), self.running_var.clone()
+            parts.append(F.batch_norm(part, mean, variance, self.weight, self.bias, True, self.momentum, self.eps))
+            means.append(mean), variances.append(variance)
+        self.running_mean.copy_(torch.stack(means).mean(dim=0))
+        self.running_var.copy_(torch.stack(variances).mean(dim=0))
+        self.num_batches_tracked.add_(1)
+        return torch.cat(parts)
+
+
+def split_batchnorm(module, splits):
+    """Put a SplitBatchNorm in the place of every BatchNorm in a new `module`."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            setattr(module, name, SplitBatchNorm(child.num_features, splits))
+        split_batchnorm(child, splits)
+
+
+def build_encoder(args):
+    """The Encoder that the flags ask for."""
+    encoder = Encoder(args.width, args.stem_padding, args.moco_dim, args.head_bn)
+    if args.bn_splits > 1:
+        split_batchnorm(encoder, args.bn_splits)
+    if args.sync_bn and world_size() > 1:
+        encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
+    return encoder
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1028,7 +1101,8 @@ class Run:
 
     def views(self, data, epoch):
         """The batches of an epoch (0-based): yields two augmented views, float [N, 3, S, S] each, of this process's part
-        of every global batch. `generator` is for what else the step draws, and in the same state on all processes."""
+        of every global batch. `generator` is for what else the step draws, and in the same state on all processes; `order`
+        is how keys are shuffled (int64 [global batch]), or None where BatchNorm sees the whole batch."""
         args, self.started = self.args, time.perf_counter()
         num_images, image_size = data.train_images.shape[:2]
         plan = draw_epoch_plan(num_images, args.batch_size, image_size, args.seed, epoch).to(self.device)
@@ -1046,6 +1120,9 @@ class Run:
                 # What a step draws on the device depends on (seed, epoch, step) alone; the plan has (seed, epoch, 0).
                 state = np.random.SeedSequence([args.seed, epoch, step + 1]).generate_state(1, np.uint64)
                 self.generator.manual_seed(int(state[0]))
+                # Drawn in any case, so that what is drawn after it does not depend on the number of processes.
+                order = torch.rand(args.batch_size, device=self.device, generator=self.generator).argsort()
+                self.order = order if args.bn_splits > 1 or (world_size() > 1 and not args.sync_bn) else None
                 self.two_views = [self.augment(images, *(field[:, view] for field in batch[1:])) for view in (0, 1)]
                 yield self.two_views
 

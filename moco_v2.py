@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
-from common import Encoder, Run, adjust_learning_rate, autocast, contrastive_loss
+from common import Run, adjust_learning_rate, autocast, batch_shuffle, batch_unshuffle, build_encoder, contrastive_loss
 
 
 def arguments():
@@ -43,7 +43,7 @@ class MoCo(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.m = args.moco_m
-        self.encoder_q = Encoder(args.width, args.stem_padding, args.moco_dim)
+        self.encoder_q = build_encoder(args)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(args.moco_k, args.moco_dim), dim=1))  # KxC
         self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.long))  # where the oldest key is
@@ -63,10 +63,11 @@ class MoCo(nn.Module):
         self.queue.index_copy_(0, rows[kept] % len(self.queue), keys[kept])
         self.queue_ptr.add_(len(keys)).remainder_(len(self.queue))
 
-    def forward(self, view1, view2):
+    def forward(self, view1, view2, order=None):
         q = self.encoder_q(view1)  # queries: NxC
         with torch.no_grad():
-            k = self.encoder_k(view2)  # keys: NxC
+            k = self.encoder_k(batch_shuffle(view2, order))  # in another order if BatchNorm sees the batch in parts
+            k = batch_unshuffle(k, order)  # keys: NxC
         return q, k
 
 
@@ -91,11 +92,11 @@ def main():
         model.train()
         for view1, view2 in run.views(data, epoch):  # Nx3xHxW each
             with autocast(args):
-                q, k = parallel_model(view1, view2)  # NxC each, L2-normalised
+                q, k = parallel_model(view1, view2, run.order)  # NxC each, L2-normalised
             loss = contrastive_loss(q, k, args, run.generator, model.queue)
             if args.symmetric:
                 with autocast(args):
-                    q2, k1 = parallel_model(view2, view1)
+                    q2, k1 = parallel_model(view2, view1, run.order)
                 loss = 0.5 * (loss + contrastive_loss(q2, k1, args, run.generator, model.queue))
 
             optimizer.zero_grad()

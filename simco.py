@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 
 import common
-from common import Encoder, Run, adjust_learning_rate, autocast, contrastive_loss
+from common import Run, adjust_learning_rate, autocast, build_encoder, contrastive_loss
 
 
 def arguments():
@@ -37,7 +37,7 @@ class SimCo(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        self.encoder = Encoder(args.width, args.stem_padding, args.moco_dim)
+        self.encoder = build_encoder(args)
 
     def forward(self, view1, view2):
         q1 = self.encoder(view1)  # queries: NxC

@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 
 import common
-from common import Encoder, Run, adjust_learning_rate, autocast, contrastive_loss
+from common import Run, adjust_learning_rate, autocast, batch_shuffle, batch_unshuffle, build_encoder, contrastive_loss
 
 
 def arguments():
@@ -43,7 +43,7 @@ class SimMoCo(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.m = args.moco_m
-        self.encoder_q = Encoder(args.width, args.stem_padding, args.moco_dim)
+        self.encoder_q = build_encoder(args)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
 
     @torch.no_grad()
@@ -51,10 +51,11 @@ class SimMoCo(nn.Module):
         """k = m * k + (1 - m) * q, parameters only: BatchNorm statistics of f_k come from its own forward passes."""
         torch._foreach_lerp_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - self.m)
 
-    def forward(self, view1, view2):
+    def forward(self, view1, view2, order=None):
         q = self.encoder_q(view1)  # queries: NxC
         with torch.no_grad():
-            k = self.encoder_k(view2)  # keys: NxC
+            k = self.encoder_k(batch_shuffle(view2, order))  # in another order if BatchNorm sees the batch in parts
+            k = batch_unshuffle(k, order)  # keys: NxC
         return q, k
 
 
@@ -79,11 +80,11 @@ def main():
         model.train()
         for view1, view2 in run.views(data, epoch):  # Nx3xHxW each
             with autocast(args):
-                q, k = parallel_model(view1, view2)  # NxC each, L2-normalised
+                q, k = parallel_model(view1, view2, run.order)  # NxC each, L2-normalised
             loss = contrastive_loss(q, k, args, run.generator)
             if args.symmetric:
                 with autocast(args):
-                    q2, k1 = parallel_model(view2, view1)
+                    q2, k1 = parallel_model(view2, view1, run.order)
                 loss = 0.5 * (loss + contrastive_loss(q2, k1, args, run.generator))
 
             optimizer.zero_grad()

@@ -28,7 +28,7 @@ views = run.views(data, 0)
 for _ in range(2):  # two batches, so that the queue wraps round
     view1, view2 = next(views)
     model.zero_grad()
-    q, k = parallel_model(view1, view2)
+    q, k = parallel_model(view1, view2) if method == "simco" else parallel_model(view1, view2, run.order)
     if method == "moco_v2":
         loss = common.info_nce_loss(q, k, 0.1, model.queue)
     elif method == "simmoco":
