@@ -60,9 +60,16 @@ def launch(main):
 class Parser(argparse.ArgumentParser):
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter)
+        self.presets = {}  # {flag: {name: value}}: if the flag is given, these are the defaults of other flags
 
     def error(self, message):  # argparse would print the whole usage first
         raise UserError(f"{message} (--help lists the flags)")
+
+    def parse_args(self, args=None):
+        for flag, defaults in self.presets.items():
+            if getattr(super().parse_args(args), flag):
+                self.set_defaults(**defaults)
+        return super().parse_args(args)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -122,9 +129,12 @@ def add_mechanism_flags(parser, loss):
     add("--loss", default=loss, choices=("infonce", "eqco", "dual"), help="dual: dual temperature")
     add("--alpha", type=number(float, above=0), help="--loss eqco: how many negatives those there are shall count as")
     add("--dt-m", default=10.0, type=number(float, above=0), help="--loss dual: T_beta / T_alpha; 1: InfoNCE")
+    add("--head", default="mlp", choices=("mlp", "linear"), help="linear: MoCo v1's")
     add("--head-bn", action="store_true", help="BatchNorm after each linear layer of the head, as in SiMo")
     add("--bn-splits", default=1, type=number(int, 1), metavar="G", help="BatchNorm over G groups of a process's images")
     add("--sync-bn", action="store_true", help="BatchNorm over the images of all processes")
+    add("--augmentation", default="v2", choices=("v2", "v1"), help="v1: MoCo v1's, jitter always and on gray images too")
+    add("--schedule", default="cosine", choices=("cosine", "step"), help="step: lr / 10 at 60%% and at 80%% of the epochs")
 
 
 def check_mechanisms(args):
@@ -142,6 +152,10 @@ def check_mechanisms(args):
         (
             groups > 1 and (part % groups > 0 or part < 2 * groups),
             f"--bn-splits {groups}: a process's {part} images make no {groups} equal groups of two or more",
+        ),
+        (
+            getattr(args, "memory_bank", False) and args.symmetric,
+            "--memory-bank has no --symmetric: its keys are stored features, not a second view",
         ),
         (args.sync_bn and groups > 1, "--sync-bn is one group of all images, --bn-splits several: choose one of them"),
         (args.sync_bn and world_size() > 1 and args.device == "cpu", "--sync-bn: PyTorch has it for GPUs only"),
@@ -534,18 +548,19 @@ class EpochPlan(NamedTuple):
         return EpochPlan(*(field.to(device) for field in self))
 
 
-def draw_epoch_plan(num_images, batch_size, image_size, seed, epoch):
+def draw_epoch_plan(num_images, batch_size, image_size, seed, epoch, augmentation="v2"):
     """The plan of one epoch of whole batches (the rest of the images is left out), from one CPU generator that depends on
-    (seed, epoch) alone: so it is the same on any number of processes, and for a run that was interrupted."""
+    (seed, epoch) alone: so it is the same on any number of processes, and for a run that was interrupted.
+    augmentation "v1": MoCo v1's jitter, with more of hue and of every image."""
     state = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(state[0]))
     n = num_images // batch_size * batch_size
     index = torch.randperm(num_images, generator=generator)[:n]
     box = sample_crops(2 * n, image_size, generator)
     uniform = torch.rand(2 * n, 7, generator=generator)
-    spread = torch.tensor([0.4, 0.4, 0.4, 0.1])
+    spread = torch.tensor([0.4, 0.4, 0.4, 0.4 if augmentation == "v1" else 0.1])
     factor = torch.tensor([1.0, 1.0, 1.0, 0.0]) + spread * (2 * uniform[:, :4] - 1)
-    jitter = uniform[:, 4:5] < 0.8
+    jitter = uniform[:, 4:5] < (1.0 if augmentation == "v1" else 0.8)
     factor = torch.where(jitter, factor, torch.tensor([1.0, 1.0, 1.0, 0.0]))
     order = torch.rand(2 * n, 4, generator=generator).argsort(dim=1)
     fields = (*box, uniform[:, 5] < 0.5, order, factor, uniform[:, 6] < 0.2)
@@ -647,6 +662,11 @@ def color_jitter(images, order, factor):
     return images
 
 
+def random_grayscale(images, grayscale):
+    """Images [N, 3, H, W], gray where `grayscale` [N]."""
+    return torch.where(grayscale[:, None, None, None], to_gray(images), images)
+
+
 def normalize(images):
     """float [N, 3, H, W] in 0..1 -> zero mean and unit variance per channel, by CIFAR's statistics."""
     channels = [(channel - mean) / std for channel, mean, std in zip(images.unbind(1), MEAN, STD)]
@@ -658,12 +678,13 @@ def to_float(images):
     return images.permute(0, 3, 1, 2).float().div(255)
 
 
-def augment(images, top, left, height, width, flip, order, factor, grayscale):
-    """One random view of each image, in the order of the DT authors' pipeline. uint8 [N, S, S, 3] -> float [N, 3, S, S]."""
+def augment(images, top, left, height, width, flip, order, factor, grayscale, augmentation="v2"):
+    """One random view of each image, in the order of the DT authors' pipeline. uint8 [N, S, S, 3] -> float [N, 3, S, S].
+    augmentation "v1": gray before the jitter, not after it, as in MoCo v1."""
     images = random_resized_crop_flip(to_float(images), top, left, height, width, flip, images.shape[1])
-    images = color_jitter(images, order, factor)
-    images = torch.where(grayscale[:, None, None, None], to_gray(images), images)
-    return normalize(images)
+    if augmentation == "v1":
+        return normalize(color_jitter(random_grayscale(images, grayscale), order, factor))
+    return normalize(random_grayscale(color_jitter(images, order, factor), grayscale))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -722,9 +743,9 @@ def resnet18(width=64, stem_padding=2):
 def projection_head(features, hidden=128, dim=128, batchnorm=False):
     """MoCo v2's two-layer head, with the DT authors' hidden size. [B, features] -> [B, dim].
 
-    batchnorm: after each linear layer, as in SiMo (EqCo).
+    hidden None: MoCo v1's single layer. batchnorm: after each linear layer, as in SiMo (EqCo).
     """
-    sizes, layers = (features, hidden, dim), []
+    sizes, layers = [size for size in (features, hidden, dim) if size is not None], []
     for size_in, size_out in zip(sizes, sizes[1:]):
         layers += [nn.Linear(size_in, size_out), *([nn.BatchNorm1d(size_out)] if batchnorm else []), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
@@ -733,10 +754,10 @@ def projection_head(features, hidden=128, dim=128, batchnorm=False):
 class Encoder(nn.Module):
     """Backbone and head: images [B, 3, H, W] -> L2-normalised queries or keys, float32 [B, dim]."""
 
-    def __init__(self, width=64, stem_padding=2, dim=128, head_bn=False):
+    def __init__(self, width=64, stem_padding=2, dim=128, hidden=128, head_bn=False):
         super().__init__()
         self.backbone = resnet18(width, stem_padding)
-        self.head = projection_head(self.backbone.num_features, dim=dim, batchnorm=head_bn)
+        self.head = projection_head(self.backbone.num_features, hidden, dim, head_bn)
 
     def forward(self, x):
         return F.normalize(self.head(self.backbone(x)).float(), dim=1)
@@ -775,7 +796,8 @@ def split_batchnorm(module, splits):
 
 def build_encoder(args):
     """The Encoder that the flags ask for."""
-    encoder = Encoder(args.width, args.stem_padding, args.moco_dim, args.head_bn)
+    hidden = 128 if args.head == "mlp" else None
+    encoder = Encoder(args.width, args.stem_padding, args.moco_dim, hidden, args.head_bn)
     if args.bn_splits > 1:
         split_batchnorm(encoder, args.bn_splits)
     if args.sync_bn and world_size() > 1:
@@ -950,10 +972,13 @@ def knn_accuracy(backbone, data, args):
 
 def adjust_learning_rate(optimizer, epoch, args):
     """Set the learning rate of an epoch (0-based): from 0.003 linearly to lr * batch / 256 in the warm-up, then along a
-    cosine to 0. This is the schedule of the DT authors' library: stepped per epoch, its warm-up start not scaled."""
+    cosine to 0. This is the schedule of the DT authors' library: stepped per epoch, its warm-up start not scaled.
+    --schedule step: after the warm-up constant but for a division by 10 at 60 % and at 80 % of the epochs (MoCo v1)."""
     peak, start, warmup = args.lr * args.batch_size / 256, 0.003, args.warmup_epochs
     if epoch < warmup:
         lr = start + (peak - start) * epoch / max(1, warmup - 1)
+    elif args.schedule == "step":
+        lr = peak * 0.1 ** sum(5 * epoch >= fifths * args.epochs for fifths in (3, 4))
     else:
         lr = peak * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (args.epochs - warmup)))
     for group in optimizer.param_groups:
@@ -1102,10 +1127,12 @@ class Run:
     def views(self, data, epoch):
         """The batches of an epoch (0-based): yields two augmented views, float [N, 3, S, S] each, of this process's part
         of every global batch. `generator` is for what else the step draws, and in the same state on all processes; `order`
-        is how keys are shuffled (int64 [global batch]), or None where BatchNorm sees the whole batch."""
+        is how keys are shuffled (int64 [global batch]), or None where BatchNorm sees the whole batch; `index` int64 [N] is
+        which training images these are."""
         args, self.started = self.args, time.perf_counter()
         num_images, image_size = data.train_images.shape[:2]
-        plan = draw_epoch_plan(num_images, args.batch_size, image_size, args.seed, epoch).to(self.device)
+        plan = draw_epoch_plan(num_images, args.batch_size, image_size, args.seed, epoch, args.augmentation)
+        plan = plan.to(self.device)
         part = args.batch_size // world_size()
         self.num_steps = self.steps_left = len(plan.index) // args.batch_size
         self.loss_sum, self.generator = torch.zeros((), device=self.device), torch.Generator(self.device)
@@ -1116,14 +1143,15 @@ class Run:
             for step in range(self.num_steps):
                 begin = step * args.batch_size + rank() * part
                 batch = plan.rows(slice(begin, begin + part))
-                images = data.train_images[batch.index]
+                self.index, images = batch.index, data.train_images[batch.index]
                 # What a step draws on the device depends on (seed, epoch, step) alone; the plan has (seed, epoch, 0).
                 state = np.random.SeedSequence([args.seed, epoch, step + 1]).generate_state(1, np.uint64)
                 self.generator.manual_seed(int(state[0]))
                 # Drawn in any case, so that what is drawn after it does not depend on the number of processes.
                 order = torch.rand(args.batch_size, device=self.device, generator=self.generator).argsort()
                 self.order = order if args.bn_splits > 1 or (world_size() > 1 and not args.sync_bn) else None
-                self.two_views = [self.augment(images, *(field[:, view] for field in batch[1:])) for view in (0, 1)]
+                choices = [[field[:, view] for field in batch[1:]] for view in (0, 1)]
+                self.two_views = [self.augment(images, *of_view, args.augmentation) for of_view in choices]
                 yield self.two_views
 
     def record(self, loss, q, k, queue=None):

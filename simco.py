@@ -14,6 +14,7 @@ Towards Understanding and Simplifying MoCo", CVPR 2022 (arXiv 2203.17248).
 
     python simco.py                                  # CIFAR-100, batch 256, 200 epochs: the table's cell
     torchrun --nproc_per_node=4 simco.py             # the same run on 4 GPUs
+    python simco.py --loss infonce                   # end-to-end contrastive learning, as SimCLR's
 
 To see what a momentum encoder adds to this, read simmoco.py next; then what a queue adds to that, in moco_v2.py.
 """

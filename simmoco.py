@@ -15,6 +15,7 @@ Towards Understanding and Simplifying MoCo", CVPR 2022 (arXiv 2203.17248).
 
     python simmoco.py                                # CIFAR-100, batch 256, 200 epochs: the table's cell
     torchrun --nproc_per_node=4 simmoco.py           # the same run on 4 GPUs
+    python simmoco.py --loss eqco --alpha 256 --num-negatives 16 --head-bn    # SiMo (EqCo)
 
 `diff simco.py simmoco.py` shows what the momentum encoder changes, `diff simmoco.py moco_v2.py` what the queue does.
 """
@@ -24,7 +25,7 @@ import torch
 import torch.nn as nn
 
 import common
-from common import Run, adjust_learning_rate, autocast, batch_shuffle, batch_unshuffle, build_encoder, contrastive_loss
+from common import Run, adjust_learning_rate, autocast, build_encoder, contrastive_loss
 
 
 def arguments():
@@ -54,8 +55,8 @@ class SimMoCo(nn.Module):
     def forward(self, view1, view2, order=None):
         q = self.encoder_q(view1)  # queries: NxC
         with torch.no_grad():
-            k = self.encoder_k(batch_shuffle(view2, order))  # in another order if BatchNorm sees the batch in parts
-            k = batch_unshuffle(k, order)  # keys: NxC
+            k = self.encoder_k(common.batch_shuffle(view2, order))  # in another order if BatchNorm sees the batch in parts
+            k = common.batch_unshuffle(k, order)  # keys: NxC
         return q, k
 
 
