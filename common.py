@@ -1,7 +1,7 @@
 """What moco_v2.py, simmoco.py and simco.py share and what is not the method: in the order the data flows,
 
     1. errors and flags           5. ResNet-18 for CIFAR and the projection head
-    2. processes                  6. the two losses
+    2. processes                  6. the losses
     3. datasets                   7. the kNN monitor
     4. augmentation               8. the run: learning rate, log, TensorBoard, checkpoint and resume
 
@@ -73,9 +73,16 @@ def launch(main):
 class Parser(argparse.ArgumentParser):
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter)
+        self.presets = {}  # {flag: {name: value}}: if the flag is given, these are the defaults of other flags
 
     def error(self, message):  # argparse would print the whole usage first
         raise UserError(f"{message} (--help lists the flags)")
+
+    def parse_args(self, args=None):
+        for flag, defaults in self.presets.items():
+            if getattr(super().parse_args(args), flag):
+                self.set_defaults(**defaults)
+        return super().parse_args(args)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -130,6 +137,47 @@ def argument_parser(method, description):
     return parser
 
 
+def add_mechanism_flags(parser, loss):
+    """The flags by which the three methods exchange a part for that of another paper; `loss` is the method's own."""
+    add = parser.add_argument
+    add("--loss", default=loss, choices=("infonce", "eqco", "dual"), help="dual: dual temperature")
+    add("--alpha", type=number(float, above=0), help="--loss eqco: how many negatives those there are shall count as")
+    add("--dt-m", default=10.0, type=number(float, above=0), help="--loss dual: T_beta / T_alpha; 1: InfoNCE")
+    add("--head", default="mlp", choices=("mlp", "linear"), help="linear: MoCo v1's")
+    add("--head-bn", action="store_true", help="BatchNorm after each linear layer of the head, as in SiMo")
+    add("--bn-splits", default=1, type=number(int, 1), metavar="G", help="BatchNorm over G groups of a process's images")
+    add("--sync-bn", action="store_true", help="BatchNorm over the images of all processes")
+    add("--augmentation", default="v2", choices=("v2", "v1"), help="v1: MoCo v1's, jitter always and on gray images too")
+    add("--schedule", default="cosine", choices=("cosine", "step"), help="step: lr / 10 at 60%% and at 80%% of the epochs")
+
+
+def check_mechanisms(args):
+    """Raises UserError for flags of `add_mechanism_flags`, or of one method, that make no sense together."""
+    num_negatives, batch_size = getattr(args, "num_negatives", None), args.batch_size
+    part, groups = batch_size // world_size(), args.bn_splits
+    for wrong, message in (
+        (args.loss == "eqco" and args.alpha is None, "--loss eqco needs --alpha, for example --alpha 256"),
+        (args.loss != "eqco" and args.alpha is not None, f"--alpha is for --loss eqco, and this is --loss {args.loss}"),
+        (args.loss != "dual" and args.dt_m != 10, f"--dt-m is for --loss dual, and this is --loss {args.loss}"),
+        (
+            num_negatives is not None and num_negatives >= batch_size,
+            f"--num-negatives {num_negatives}: a batch of {batch_size} has {batch_size - 1} for each query at most",
+        ),
+        (
+            groups > 1 and (part % groups > 0 or part < 2 * groups),
+            f"--bn-splits {groups}: a process's {part} images make no {groups} equal groups of two or more",
+        ),
+        (
+            getattr(args, "memory_bank", False) and args.symmetric,
+            "--memory-bank has no --symmetric: its keys are stored features, not a second view",
+        ),
+        (args.sync_bn and groups > 1, "--sync-bn is one group of all images, --bn-splits several: choose one of them"),
+        (args.sync_bn and world_size() > 1 and args.device == "cpu", "--sync-bn: PyTorch has it for GPUs only"),
+    ):
+        if wrong:
+            raise UserError(message)
+
+
 # Where a run computes may change between its start and its end; what it computes may not.
 MACHINE_FLAGS = ("data", "out", "device", "compile", "environment")
 
@@ -148,7 +196,8 @@ def choose_hardware(args):
 def resolve(args):
     """Replace all flags of `argument_parser` that were left to be chosen by what they mean for this run on this machine.
 
-    Returns the torch.device. Raises UserError for a batch that the processes cannot share evenly.
+    Returns the torch.device. Raises UserError for a batch that the processes cannot share evenly, and for flags that make
+    no sense together.
     """
     device = choose_hardware(args)
     if args.deterministic and args.device == "cuda":  # a CPU always gives the same bits
@@ -163,6 +212,8 @@ def resolve(args):
         args.out = f"runs/{args.method}-{args.dataset}-bs{args.batch_size}-seed{args.seed}"
     if args.batch_size % world_size():
         raise UserError(f"--batch-size {args.batch_size} cannot be shared evenly by {world_size()} processes")
+    if "loss" in args:
+        check_mechanisms(args)
     return device
 
 
@@ -233,9 +284,25 @@ def concat_all_gather(tensor):
         return tensor
     if torch.is_grad_enabled() and tensor.requires_grad:
         return torch.cat(all_gather_with_gradient(tensor))
+    tensor = tensor.contiguous()
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(parts, tensor.contiguous())
+    dist.all_gather(parts, tensor)
     return torch.cat(parts)
+
+
+def batch_shuffle(x, order):
+    """This process's rows of the global batch in another order, so that a key is not normalised with the images that its
+    query was normalised with (MoCo, section 3.3).
+
+    x [N, ...]: this process's rows of the global batch; order int64 [world_size * N]: a permutation of the global batch,
+    the same on all processes; None: x stays as it is.
+    """
+    return x if order is None else concat_all_gather(x)[order.view(world_size(), -1)[rank()]]
+
+
+def batch_unshuffle(x, order):
+    """Undo `batch_shuffle`."""
+    return x if order is None else batch_shuffle(x, order.argsort())
 
 
 def sum_over_processes(tensor):
@@ -279,7 +346,7 @@ def parallelize(model, args):
 def average_batchnorm(model):
     """Give all processes the same running BatchNorm statistics, the mean of their own, so that they evaluate one network."""
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):  # of any dimension, split and synchronised ones too
             for statistic in (module.running_mean, module.running_var):
                 sum_over_processes(statistic).div_(world_size())
 
@@ -521,18 +588,19 @@ class EpochPlan(NamedTuple):
         return EpochPlan(*(field.to(device) for field in self))
 
 
-def draw_epoch_plan(num_images, batch_size, image_size, seed, epoch):
+def draw_epoch_plan(num_images, batch_size, image_size, seed, epoch, augmentation="v2"):
     """The plan of one epoch of whole batches (the rest of the images is left out), from one CPU generator that depends on
-    (seed, epoch) alone: so it is the same on any number of processes, and for a run that was interrupted."""
+    (seed, epoch) alone: so it is the same on any number of processes, and for a run that was interrupted.
+    augmentation "v1": MoCo v1's jitter, with more of hue and of every image."""
     state = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(state[0]))
     n = num_images // batch_size * batch_size
     index = torch.randperm(num_images, generator=generator)[:n]
     box = sample_crops(2 * n, image_size, generator)
     uniform = torch.rand(2 * n, 7, generator=generator)
-    spread = torch.tensor([0.4, 0.4, 0.4, 0.1])
+    spread = torch.tensor([0.4, 0.4, 0.4, 0.4 if augmentation == "v1" else 0.1])
     factor = torch.tensor([1.0, 1.0, 1.0, 0.0]) + spread * (2 * uniform[:, :4] - 1)
-    jitter = uniform[:, 4:5] < 0.8
+    jitter = uniform[:, 4:5] < (1.0 if augmentation == "v1" else 0.8)
     factor = torch.where(jitter, factor, torch.tensor([1.0, 1.0, 1.0, 0.0]))
     order = torch.rand(2 * n, 4, generator=generator).argsort(dim=1)
     fields = (*box, uniform[:, 5] < 0.5, order, factor, uniform[:, 6] < 0.2)
@@ -634,6 +702,11 @@ def color_jitter(images, order, factor):
     return images
 
 
+def random_grayscale(images, grayscale):
+    """Images [N, 3, H, W], gray where `grayscale` [N]."""
+    return torch.where(grayscale[:, None, None, None], to_gray(images), images)
+
+
 def normalize(images):
     """float [N, 3, H, W] in 0..1 -> zero mean and unit variance per channel, by CIFAR's statistics."""
     channels = [(channel - mean) / std for channel, mean, std in zip(images.unbind(1), MEAN, STD)]
@@ -645,12 +718,13 @@ def to_float(images):
     return images.permute(0, 3, 1, 2).float().div(255)
 
 
-def augment(images, top, left, height, width, flip, order, factor, grayscale):
-    """One random view of each image, in the order of the DT authors' pipeline. uint8 [N, S, S, 3] -> float [N, 3, S, S]."""
+def augment(images, top, left, height, width, flip, order, factor, grayscale, augmentation="v2"):
+    """One random view of each image, in the order of the DT authors' pipeline. uint8 [N, S, S, 3] -> float [N, 3, S, S].
+    augmentation "v1": gray before the jitter, not after it, as in MoCo v1."""
     images = random_resized_crop_flip(to_float(images), top, left, height, width, flip, images.shape[1])
-    images = color_jitter(images, order, factor)
-    images = torch.where(grayscale[:, None, None, None], to_gray(images), images)
-    return normalize(images)
+    if augmentation == "v1":
+        return normalize(color_jitter(random_grayscale(images, grayscale), order, factor))
+    return normalize(random_grayscale(color_jitter(images, order, factor), grayscale))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -706,33 +780,82 @@ def resnet18(width=64, stem_padding=2):
     return ResNet(width, stem_padding)
 
 
-def projection_head(features, hidden=128, dim=128):
-    """MoCo v2's two-layer head, with the DT authors' hidden size. [B, features] -> [B, dim]."""
-    return nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+def projection_head(features, hidden=128, dim=128, batchnorm=False):
+    """MoCo v2's two-layer head, with the DT authors' hidden size. [B, features] -> [B, dim].
+
+    hidden None: MoCo v1's single layer. batchnorm: after each linear layer, as in SiMo (EqCo).
+    """
+    sizes, layers = [size for size in (features, hidden, dim) if size is not None], []
+    for size_in, size_out in zip(sizes, sizes[1:]):
+        layers += [nn.Linear(size_in, size_out), *([nn.BatchNorm1d(size_out)] if batchnorm else []), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
 
 
 class Encoder(nn.Module):
     """Backbone and head: images [B, 3, H, W] -> L2-normalised queries or keys, float32 [B, dim]."""
 
-    def __init__(self, width=64, stem_padding=2, dim=128):
+    def __init__(self, width=64, stem_padding=2, dim=128, hidden=128, head_bn=False):
         super().__init__()
         self.backbone = resnet18(width, stem_padding)
-        self.head = projection_head(self.backbone.num_features, dim=dim)
+        self.head = projection_head(self.backbone.num_features, hidden, dim, head_bn)
 
     def forward(self, x):
         return F.normalize(self.head(self.backbone(x)).float(), dim=1)
+
+
+class SplitBatchNorm(nn.BatchNorm2d):
+    """BatchNorm of [N, C, ...] over each of `splits` groups of consecutive rows, as if each were on a GPU of its own (MoCo's
+    CIFAR demo). Running statistics are the mean of what those of the groups would be: the average of `average_batchnorm`.
+    With one group it is nn.BatchNorm2d to the last bit."""
+
+    def __init__(self, num_features, splits):
+        super().__init__(num_features)
+        self.splits = splits
+
+    def forward(self, x):
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        parts, means, variances = [], [], []
+        for part in x.chunk(self.splits):
+            mean, variance = self.running_mean.clone(), self.running_var.clone()
+            parts.append(F.batch_norm(part, mean, variance, self.weight, self.bias, True, self.momentum, self.eps))
+            means.append(mean), variances.append(variance)
+        self.running_mean.copy_(torch.stack(means).mean(dim=0))
+        self.running_var.copy_(torch.stack(variances).mean(dim=0))
+        self.num_batches_tracked.add_(1)
+        return torch.cat(parts)
+
+
+def split_batchnorm(module, splits):
+    """Put a SplitBatchNorm in the place of every BatchNorm in a new `module`."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            setattr(module, name, SplitBatchNorm(child.num_features, splits))
+        split_batchnorm(child, splits)
+
+
+def build_encoder(args):
+    """The Encoder that the flags ask for."""
+    hidden = 128 if args.head == "mlp" else None
+    encoder = Encoder(args.width, args.stem_padding, args.moco_dim, hidden, args.head_bn)
+    if args.bn_splits > 1:
+        split_batchnorm(encoder, args.bn_splits)
+    if args.sync_bn and world_size() > 1:
+        encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
+    return encoder
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. Losses
 
 
-def similarities(q, k, queue=None):
+def similarities(q, k, queue=None, num_negatives=None, generator=None):
     """Cosine similarities of queries with their positives [N] and with their negatives [N, K].
 
     q, k: [N, C], L2-normalised; row i of k is the positive of row i of q. queue [K, C]: the negatives; None: the other
-    keys of the batch, of all processes' batches if there are several. Similarities are computed in float32 or better; a
-    key that is no negative (the positive itself) stands as -inf.
+    keys of the batch, of all processes' batches if there are several, or `num_negatives` of them, drawn for each query from
+    `generator`, which must be in the same state on all processes. Similarities are computed in float32 or better; a key
+    that is no negative (the positive itself) stands as -inf.
     """
     if q.dtype != torch.float64:
         q, k = q.float(), k.float()
@@ -744,8 +867,15 @@ def similarities(q, k, queue=None):
     similarity = q @ keys.T  # NxM
     row = torch.arange(len(q), device=q.device)
     own = (row + rank() * len(q))[:, None]  # where in the global batch this process's positives are
-    is_positive = own == torch.arange(len(keys), device=q.device)
-    return similarity.gather(1, own).squeeze(1), similarity.masked_fill(is_positive, -math.inf)
+    positive = similarity.gather(1, own).squeeze(1)
+    if num_negatives is None:
+        is_positive = own == torch.arange(len(keys), device=q.device)
+        return positive, similarity.masked_fill(is_positive, -math.inf)
+    if not 1 <= num_negatives < len(keys):
+        raise ValueError(f"num_negatives must be from 1 to {len(keys) - 1}, not {num_negatives}")
+    # Drawn for the whole global batch, so that a query has the same negatives on any number of processes.
+    draw = torch.rand(len(keys), len(keys), device=q.device, generator=generator).fill_diagonal_(-1)  # positives: last
+    return positive, similarity.gather(1, draw[own.squeeze(1)].topk(num_negatives, dim=1).indices)
 
 
 def negative_log_odds(positive, negative, temperature):
@@ -763,35 +893,36 @@ def check_temperatures(**temperatures):
             raise ValueError(f"{name} must be positive, not {value}")
 
 
-def info_nce_loss(q, k, temperature=0.1, queue=None, alpha=None):
+def info_nce_loss(q, k, temperature=0.1, queue=None, alpha=None, num_negatives=None, generator=None):
     """InfoNCE (MoCo, equation 1): the mean over queries of -log [ e^(s_pos/T) / (e^(s_pos/T) + sum_neg e^(s_neg/T)) ].
 
     q, k: [N, C], L2-normalised; row i of k is the positive of row i of q.
-    queue: [K, C] negatives; None: the other rows of k (of all processes).
+    queue: [K, C] negatives; None: the other rows of k (of all processes), or `num_negatives` of them (see `similarities`).
     alpha: EqCo's margin T * log(alpha / K) on the positive, which makes the K negatives count as alpha of them.
     Returns a scalar. Raises ValueError for a temperature or alpha that is not positive, or if there is no negative.
     """
     check_temperatures(temperature=temperature, alpha=1 if alpha is None else alpha)
     with torch.autocast(q.device.type, enabled=False):
-        positive, negative = similarities(q, k, queue)
+        positive, negative = similarities(q, k, queue, num_negatives, generator)
         log_odds = negative_log_odds(positive, negative, temperature)
         if alpha is not None:
-            num_negatives = negative.shape[1] - (queue is None)
-            log_odds = log_odds + math.log(alpha / num_negatives)
+            count = negative.shape[1] - (queue is None and num_negatives is None)  # there the positive has a column too
+            log_odds = log_odds + math.log(alpha / count)
         return F.softplus(log_odds).mean()
 
 
-def dual_temperature_loss(q, k, temperature=0.1, dt_m=10.0, queue=None):
+def dual_temperature_loss(q, k, temperature=0.1, dt_m=10.0, queue=None, num_negatives=None, generator=None):
     """Dual temperature (DT): the mean over queries of weight * InfoNCE at T_alpha = `temperature`, where
     weight = (1 - p at T_beta) / (1 - p at T_alpha), T_beta = `dt_m` * T_alpha, and no gradient flows through the weight.
 
     q, k: [N, C], L2-normalised; row i of k is the positive of row i of q.
-    queue: [K, C] negatives; None: the other rows of k (of all processes). dt_m = 1 is InfoNCE.
+    queue: [K, C] negatives; None: the other rows of k (of all processes), or `num_negatives` of them (see `similarities`).
+    dt_m = 1 is InfoNCE.
     Returns a scalar. Raises ValueError for a temperature or dt_m that is not positive, or if there is no negative.
     """
     check_temperatures(temperature=temperature, dt_m=dt_m)
     with torch.autocast(q.device.type, enabled=False):
-        positive, negative = similarities(q, k, queue)
+        positive, negative = similarities(q, k, queue, num_negatives, generator)
         log_odds = negative_log_odds(positive, negative, temperature)  # M: 1 - p = sigmoid(M), InfoNCE = softplus(M)
         with torch.no_grad():
             hardness = torch.sigmoid(negative_log_odds(positive, negative, temperature * dt_m))  # 1 - p at T_beta
@@ -807,6 +938,14 @@ def softplus_over_sigmoid(x):
     """log(1 + e^x) * (1 + e^-x), which tends to 1 for x -> -inf, where both factors of the quotient underflow."""
     small = x.clamp(min=-40)  # there the quotient is 1 + e^x / 2 = 1, in float64 too
     return F.softplus(small) / torch.sigmoid(small)
+
+
+def contrastive_loss(q, k, args, generator, queue=None):
+    """The loss that --loss names, with the flags that belong to it. q, k, generator, queue: as for the losses."""
+    num_negatives = getattr(args, "num_negatives", None)
+    if args.loss == "dual":
+        return dual_temperature_loss(q, k, args.moco_t, args.dt_m, queue, num_negatives, generator)
+    return info_nce_loss(q, k, args.moco_t, queue, args.alpha, num_negatives, generator)  # EqCo is InfoNCE with an alpha
 
 
 @torch.no_grad()
@@ -873,10 +1012,13 @@ def knn_accuracy(backbone, data, args):
 
 def adjust_learning_rate(optimizer, epoch, args):
     """Set the learning rate of an epoch (0-based): from 0.003 linearly to lr * batch / 256 in the warm-up, then along a
-    cosine to 0. This is the schedule of the DT authors' library: stepped per epoch, its warm-up start not scaled."""
+    cosine to 0. This is the schedule of the DT authors' library: stepped per epoch, its warm-up start not scaled.
+    --schedule step: after the warm-up constant but for a division by 10 at 60 % and at 80 % of the epochs (MoCo v1)."""
     peak, start, warmup = args.lr * args.batch_size / 256, 0.003, args.warmup_epochs
     if epoch < warmup:
         lr = start + (peak - start) * epoch / max(1, warmup - 1)
+    elif args.schedule == "step":
+        lr = peak * 0.1 ** sum(5 * epoch >= fifths * args.epochs for fifths in (3, 4))
     else:
         lr = peak * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (args.epochs - warmup)))
     for group in optimizer.param_groups:
@@ -1102,16 +1244,22 @@ class Run:
 
     def views(self, data, epoch):
         """The batches of an epoch (0-based): yields two augmented views, float [N, 3, S, S] each, of this process's part
-        of every global batch. Raises Stopped, its state saved, after a step during which a signal came."""
+        of every global batch. Raises Stopped, its state saved, after a step during which a signal came.
+
+        `generator` is for what else the step draws, and in the same state on all processes; `order` is how keys are
+        shuffled (int64 [global batch]), or None where BatchNorm sees the whole batch; `index` int64 [N] is which training
+        images these are."""
         args, self.started = self.args, time.perf_counter()
         num_images, image_size = data.train_images.shape[:2]
-        plan = draw_epoch_plan(num_images, args.batch_size, image_size, args.seed, epoch).to(self.device)
+        plan = draw_epoch_plan(num_images, args.batch_size, image_size, args.seed, epoch, args.augmentation)
+        plan = plan.to(self.device)
         part = args.batch_size // world_size()
         self.num_steps = self.steps_left = len(plan.index) // args.batch_size
         self.loss_sum = torch.zeros((), device=self.device) + self.loss_before
         first_step, self.first_step, self.loss_before = self.first_step, 0, 0
         self.steps_left -= first_step
         self.steps_here, self.statistics, self.two_views = self.steps_left, None, None
+        self.generator = torch.Generator(self.device)
         # The bar shows the newest loss that has arrived; it never makes the loop wait for the device.
         self.shown_loss = torch.zeros((), pin_memory=self.device.type == "cuda")
         title, quiet = f"epoch {epoch + 1}/{args.epochs}", None if rank() == 0 else True  # None: shown on a terminal only
@@ -1119,8 +1267,15 @@ class Run:
             for step in range(first_step, self.num_steps):
                 begin = step * args.batch_size + rank() * part
                 batch = plan.rows(slice(begin, begin + part))
-                images = data.train_images[batch.index]
-                self.two_views = [self.augment(images, *(field[:, view] for field in batch[1:])) for view in (0, 1)]
+                self.index, images = batch.index, data.train_images[batch.index]
+                # What a step draws on the device depends on (seed, epoch, step) alone; the plan has (seed, epoch, 0).
+                state = np.random.SeedSequence([args.seed, epoch, step + 1]).generate_state(1, np.uint64)
+                self.generator.manual_seed(int(state[0]))
+                # Drawn in any case, so that what is drawn after it does not depend on the number of processes.
+                order = torch.rand(args.batch_size, device=self.device, generator=self.generator).argsort()
+                self.order = order if args.bn_splits > 1 or (world_size() > 1 and not args.sync_bn) else None
+                choices = [[field[:, view] for field in batch[1:]] for view in (0, 1)]
+                self.two_views = [self.augment(images, *of_view, args.augmentation) for of_view in choices]
                 yield self.two_views
                 if number := self.stop_signal():
                     self.stop(number, epoch, step + 1)
@@ -1130,7 +1285,8 @@ class Run:
         queries and keys [N, C] (with the queue [K, C] as it was for the loss), for TensorBoard."""
         self.steps_left -= 1
         if self.steps_left == 0:
-            self.statistics = similarity_statistics(q, k, self.args.moco_t, getattr(self.args, "dt_m", None), queue)
+            dt_m = self.args.dt_m if self.args.loss == "dual" else None
+            self.statistics = similarity_statistics(q, k, self.args.moco_t, dt_m, queue)
         self.loss_sum += loss.detach()
         self.shown_loss.copy_(loss.detach(), non_blocking=True)
         shown = float(self.shown_loss)

@@ -288,13 +288,16 @@ NOT_IN_HEADING = (*common.MACHINE_FLAGS, "method", "batch_size", "seed", "precis
 
 def settings(run_args):
     """The flags of a run that are not the defaults, that is not the recipe of the published table: (shared, method's)."""
-    defaults = vars({"moco_v2": moco_v2, "simmoco": simmoco, "simco": simco}[run_args["method"]].arguments().parse_args([]))
+    parser = {"moco_v2": moco_v2, "simmoco": simmoco, "simco": simco}[run_args["method"]].arguments()
+    presets = [flag for flag in parser.presets if run_args.get(flag)]  # such a flag stands for the defaults that it sets
+    defaults = vars(parser.parse_args([f"--{flag.replace('_', '-')}" for flag in presets])) | dict.fromkeys(presets)
     shared_flags = vars(common.argument_parser("", "").parse_args([])).keys()
     changed = {key: value for key, value in run_args.items() if key not in NOT_IN_HEADING and value != defaults.get(key)}
-    words = [{}, {}]
-    for key, value in changed.items():
-        words[key not in shared_flags][key] = value
-    return tuple(", ".join(f"{key.replace('_', '-')} {value}" for key, value in sorted(part.items())) for part in words)
+    words = [[], []]
+    for key, value in sorted(changed.items()):
+        name = key.replace("_", "-")
+        words[key not in shared_flags].append(name if value is True else f"{name} {value}")
+    return tuple(", ".join(part) for part in words)
 
 
 def mean_and_spread(values):

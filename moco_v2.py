@@ -15,6 +15,8 @@ He, Fan, Wu, Xie, Girshick: "Momentum Contrast for Unsupervised Visual Represent
 
     python moco_v2.py                                # CIFAR-100, batch 256, 200 epochs: the table's cell
     torchrun --nproc_per_node=4 moco_v2.py           # the same run on 4 GPUs
+    python moco_v2.py --v1                           # MoCo v1
+    python moco_v2.py --memory-bank                  # stored keys instead of a queue and a key encoder
 
 `diff simmoco.py moco_v2.py` shows what the queue changes.
 """
@@ -25,13 +27,23 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
-from common import Encoder, Run, adjust_learning_rate, autocast, info_nce_loss
+from common import Run, UserError, adjust_learning_rate, autocast, build_encoder, contrastive_loss
 
 
 def arguments():
     parser = common.argument_parser("moco_v2", "Train MoCo v2.")
     parser.add_argument("--moco-m", default=0.99, type=common.number(float, 0, most=1), help="momentum of the key encoder")
     parser.add_argument("--moco-k", default=65536, type=common.number(int, 1), help="number of keys in the queue")
+    common.add_mechanism_flags(parser, loss="infonce")
+    parser.presets = dict(  # the defaults that come with a flag
+        v1=dict(head="linear", moco_t=0.07, moco_m=0.999, schedule="step", augmentation="v1"),
+        memory_bank=dict(moco_k=4096, moco_m=0.5),
+    )
+    help_v1 = "MoCo v1; defaults: --head linear --moco-t 0.07 --moco-m 0.999 --schedule step --augmentation v1"
+    parser.add_argument("--v1", action="store_true", help=help_v1)
+    help_bank = "negatives are K stored keys, one an image, of momentum m; defaults: --moco-k 4096 --moco-m 0.5"
+    parser.add_argument("--memory-bank", action="store_true", help=help_bank)
+    parser.add_argument("--symmetric", action="store_true", help="the mean of both directions: view 2 queries view 1 too")
     return parser
 
 
@@ -41,7 +53,7 @@ class MoCo(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.m = args.moco_m
-        self.encoder_q = Encoder(args.width, args.stem_padding, args.moco_dim)
+        self.encoder_q = build_encoder(args)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(args.moco_k, args.moco_dim), dim=1))  # KxC
         self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.long))  # where the oldest key is
@@ -61,11 +73,51 @@ class MoCo(nn.Module):
         self.queue.index_copy_(0, rows[kept] % len(self.queue), keys[kept])
         self.queue_ptr.add_(len(keys)).remainder_(len(self.queue))
 
-    def forward(self, view1, view2):
+    def forward(self, view1, view2, order=None):
         q = self.encoder_q(view1)  # queries: NxC
         with torch.no_grad():
-            k = self.encoder_k(view2)  # keys: NxC
+            k = self.encoder_k(common.batch_shuffle(view2, order))  # in another order if BatchNorm sees the batch in parts
+            k = common.batch_unshuffle(k, order)  # keys: NxC
         return q, k
+
+
+class MemoryBank(nn.Module):
+    """In the place of MoCo: a query encoder, and a stored key for each training image instead of a key encoder and a queue
+    (MoCo, figure 2b; Wu, Xiong, Yu, Lin, arXiv 1805.01978). A key is the average of what its image's queries have been."""
+
+    def __init__(self, args, run, num_images):
+        super().__init__()
+        others = num_images - args.batch_size
+        if args.moco_k > others:
+            raise UserError(f"--moco-k {args.moco_k}: only {others} images are not in the batch and can be negatives")
+        self.m, self.num_negatives, self.run = args.moco_m, args.moco_k, run
+        self.encoder_q = build_encoder(args)
+        self.register_buffer("bank", F.normalize(torch.randn(num_images, args.moco_dim), dim=1))
+        self.queue = None  # the negatives of a step: KxC
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def look_up(self, q):
+        """The stored keys of the batch, NxC. Draws the negatives, then updates the keys: k = normalize(m * k + (1 - m) * q),
+        the same ones on all processes."""
+        index = common.concat_all_gather(self.run.index)  # of the global batch
+        chance = torch.rand(len(self.bank), device=q.device, generator=self.run.generator)
+        chance.index_fill_(0, index, -1)  # no image of the batch is a negative
+        self.queue = self.bank[chance.topk(self.num_negatives).indices]
+        k = self.bank[self.run.index]
+        updated = F.normalize(torch.lerp(q, k, self.m), dim=1)
+        self.bank.index_copy_(0, index, common.concat_all_gather(updated))
+        return k
+
+    def forward(self, view1, view2, order=None):
+        q = self.encoder_q(view1)  # queries: NxC
+        return q, self.look_up(q)
+
+    def momentum_update_key_encoder(self):
+        """Nothing: there is no key encoder."""
+
+    def dequeue_and_enqueue(self, keys):
+        """Nothing: `look_up` has updated the bank."""
 
 
 def main():
@@ -77,7 +129,8 @@ def main():
     data = common.load_data(args, device)
 
     torch.manual_seed(args.seed)
-    model = MoCo(args).to(device, memory_format=torch.channels_last)
+    model = MemoryBank(args, run, len(data.train_images)) if args.memory_bank else MoCo(args)
+    model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.encoder_q.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
     )
@@ -89,8 +142,12 @@ def main():
         model.train()
         for view1, view2 in run.views(data, epoch):  # Nx3xHxW each
             with autocast(args):
-                q, k = parallel_model(view1, view2)  # NxC each, L2-normalised
-            loss = info_nce_loss(q, k, args.moco_t, model.queue)
+                q, k = parallel_model(view1, view2, run.order)  # NxC each, L2-normalised
+            loss = contrastive_loss(q, k, args, run.generator, model.queue)
+            if args.symmetric:
+                with autocast(args):
+                    q2, k1 = parallel_model(view2, view1, run.order)
+                loss = 0.5 * (loss + contrastive_loss(q2, k1, args, run.generator, model.queue))
 
             optimizer.zero_grad()
             loss.backward()
@@ -98,6 +155,8 @@ def main():
             run.record(loss, q, k, model.queue)
             model.momentum_update_key_encoder()
             model.dequeue_and_enqueue(k)
+            if args.symmetric:
+                model.dequeue_and_enqueue(k1)
 
         run.end_epoch(epoch)
 

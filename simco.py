@@ -14,6 +14,7 @@ Towards Understanding and Simplifying MoCo", CVPR 2022 (arXiv 2203.17248).
 
     python simco.py                                  # CIFAR-100, batch 256, 200 epochs: the table's cell
     torchrun --nproc_per_node=4 simco.py             # the same run on 4 GPUs
+    python simco.py --loss infonce                   # end-to-end contrastive learning, as SimCLR's
 
 To see what a momentum encoder adds to this, read simmoco.py next; then what a queue adds to that, in moco_v2.py.
 """
@@ -21,12 +22,14 @@ import torch
 import torch.nn as nn
 
 import common
-from common import Encoder, Run, adjust_learning_rate, autocast, dual_temperature_loss
+from common import Run, adjust_learning_rate, autocast, build_encoder, contrastive_loss
 
 
 def arguments():
     parser = common.argument_parser("simco", "Train SimCo.")
-    parser.add_argument("--dt-m", default=10.0, type=common.number(float, above=0), help="T_beta / T_alpha; 1: InfoNCE")
+    common.add_mechanism_flags(parser, loss="dual")
+    help_negatives = "negatives per query, drawn from the batch (default: all other images)"
+    parser.add_argument("--num-negatives", type=common.number(int, 1), metavar="K", help=help_negatives)
     return parser
 
 
@@ -35,7 +38,7 @@ class SimCo(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        self.encoder = Encoder(args.width, args.stem_padding, args.moco_dim)
+        self.encoder = build_encoder(args)
 
     def forward(self, view1, view2):
         q1 = self.encoder(view1)  # queries: NxC
@@ -65,10 +68,8 @@ def main():
         for view1, view2 in run.views(data, epoch):  # Nx3xHxW each
             with autocast(args):
                 q1, q2 = parallel_model(view1, view2)  # NxC each, L2-normalised
-            loss = 0.5 * (
-                dual_temperature_loss(q1, q2, args.moco_t, args.dt_m)
-                + dual_temperature_loss(q2, q1, args.moco_t, args.dt_m)
-            )
+            loss = contrastive_loss(q1, q2, args, run.generator)
+            loss = 0.5 * (loss + contrastive_loss(q2, q1, args, run.generator))
 
             optimizer.zero_grad()
             loss.backward()

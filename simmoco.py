@@ -15,6 +15,7 @@ Towards Understanding and Simplifying MoCo", CVPR 2022 (arXiv 2203.17248).
 
     python simmoco.py                                # CIFAR-100, batch 256, 200 epochs: the table's cell
     torchrun --nproc_per_node=4 simmoco.py           # the same run on 4 GPUs
+    python simmoco.py --loss eqco --alpha 256 --num-negatives 16 --head-bn    # SiMo (EqCo)
 
 `diff simco.py simmoco.py` shows what the momentum encoder changes, `diff simmoco.py moco_v2.py` what the queue does.
 """
@@ -24,13 +25,16 @@ import torch
 import torch.nn as nn
 
 import common
-from common import Encoder, Run, adjust_learning_rate, autocast, dual_temperature_loss
+from common import Run, adjust_learning_rate, autocast, build_encoder, contrastive_loss
 
 
 def arguments():
     parser = common.argument_parser("simmoco", "Train SimMoCo.")
     parser.add_argument("--moco-m", default=0.99, type=common.number(float, 0, most=1), help="momentum of the key encoder")
-    parser.add_argument("--dt-m", default=10.0, type=common.number(float, above=0), help="T_beta / T_alpha; 1: InfoNCE")
+    common.add_mechanism_flags(parser, loss="dual")
+    help_negatives = "negatives per query, drawn from the batch (default: all other images)"
+    parser.add_argument("--num-negatives", type=common.number(int, 1), metavar="K", help=help_negatives)
+    parser.add_argument("--symmetric", action="store_true", help="the mean of both directions: view 2 queries view 1 too")
     return parser
 
 
@@ -40,7 +44,7 @@ class SimMoCo(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.m = args.moco_m
-        self.encoder_q = Encoder(args.width, args.stem_padding, args.moco_dim)
+        self.encoder_q = build_encoder(args)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
 
     @torch.no_grad()
@@ -48,10 +52,11 @@ class SimMoCo(nn.Module):
         """k = m * k + (1 - m) * q, parameters only: BatchNorm statistics of f_k come from its own forward passes."""
         torch._foreach_lerp_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - self.m)
 
-    def forward(self, view1, view2):
+    def forward(self, view1, view2, order=None):
         q = self.encoder_q(view1)  # queries: NxC
         with torch.no_grad():
-            k = self.encoder_k(view2)  # keys: NxC
+            k = self.encoder_k(common.batch_shuffle(view2, order))  # in another order if BatchNorm sees the batch in parts
+            k = common.batch_unshuffle(k, order)  # keys: NxC
         return q, k
 
 
@@ -76,8 +81,12 @@ def main():
         model.train()
         for view1, view2 in run.views(data, epoch):  # Nx3xHxW each
             with autocast(args):
-                q, k = parallel_model(view1, view2)  # NxC each, L2-normalised
-            loss = dual_temperature_loss(q, k, args.moco_t, args.dt_m)
+                q, k = parallel_model(view1, view2, run.order)  # NxC each, L2-normalised
+            loss = contrastive_loss(q, k, args, run.generator)
+            if args.symmetric:
+                with autocast(args):
+                    q2, k1 = parallel_model(view2, view1, run.order)
+                loss = 0.5 * (loss + contrastive_loss(q2, k1, args, run.generator))
 
             optimizer.zero_grad()
             loss.backward()

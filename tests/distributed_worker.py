@@ -28,13 +28,10 @@ def compute(method, args, device):
     for _ in range(2):  # two batches, so that the queue wraps round
         view1, view2 = (view.double() for view in next(views))  # so that only the loss has float32's rounding in it
         model.zero_grad()
-        q, k = parallel_model(view1, view2)
-        if method == "moco_v2":
-            loss = common.info_nce_loss(q, k, 0.1, model.queue)
-        elif method == "simmoco":
-            loss = common.dual_temperature_loss(q, k)
-        else:
-            loss = 0.5 * (common.dual_temperature_loss(q, k) + common.dual_temperature_loss(k, q))
+        q, k = parallel_model(view1, view2, *([run.order] if method != "simco" else []))
+        loss = common.contrastive_loss(q, k, args, run.generator, getattr(model, "queue", None))
+        if method == "simco":
+            loss = 0.5 * (loss + common.contrastive_loss(k, q, args, run.generator))
         loss.backward()
         if method == "moco_v2":
             model.dequeue_and_enqueue(k)

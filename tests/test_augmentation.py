@@ -107,12 +107,13 @@ def test_no_jitter_leaves_the_image_alone(colours):
     assert (untouched - colours).abs().max() < 1e-6  # what the way to hue and back rounds
 
 
-def test_whole_view_agrees_with_torchvision_pil_pipeline():
+@pytest.mark.parametrize("augmentation", ["v2", "v1"])
+def test_whole_view_agrees_with_torchvision_pil_pipeline(augmentation):
     """All operations in a row, with the planned parameters, against torchvision on 8-bit PIL images."""
     images = common.draw_shapes(240, 10).train_images
-    plan = common.draw_epoch_plan(240, 240, 32, seed=3, epoch=1)
+    plan = common.draw_epoch_plan(240, 240, 32, 3, 1, augmentation)
     fields = [field[:, 0] for field in plan[1:]]
-    ours = common.augment(images[plan.index], *fields)
+    ours = common.augment(images[plan.index], *fields, augmentation)
     functions = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
     normalize = T.Normalize(common.MEAN, common.STD)
     errors = []
@@ -120,10 +121,13 @@ def test_whole_view_agrees_with_torchvision_pil_pipeline():
         top, left, height, width, flip, order, factor, grayscale = (field[i] for field in fields)
         image = Image.fromarray(images[index].numpy())
         image = TF.resized_crop(image, int(top), int(left), int(height), int(width), [32, 32], Image.BICUBIC)
+        if grayscale and augmentation == "v1":
+            image = TF.rgb_to_grayscale(image, 3)
         if factor.tolist() != [1, 1, 1, 0]:
             for operation in order.tolist():
                 image = functions[operation](image, factor[operation].item())
-        image = TF.rgb_to_grayscale(image, 3) if grayscale else image
+        if grayscale and augmentation == "v2":
+            image = TF.rgb_to_grayscale(image, 3)
         image = TF.hflip(image) if flip else image
         errors.append((normalize(TF.to_tensor(image)) - ours[i]).abs().mean() * 0.24)
     # 8-bit PIL rounds after each of seven operations, and its hue has 256 steps: a few steps in 255 are its own noise.
@@ -192,6 +196,16 @@ def test_colour_parameters_are_distributed_as_torchvisions():
     correlation = np.corrcoef(table) - np.eye(len(table))
     correlation[0, 2] = correlation[2, 0] = correlation[1, 3] = correlation[3, 1] = 0  # a high box cannot start low
     assert abs(correlation).max() < 5 / math.sqrt(DRAWS)
+
+
+def test_moco_v1_jitters_every_image_with_more_hue():
+    plan, v2 = (common.draw_epoch_plan(DRAWS, 100, 32, 0, 0, augmentation) for augmentation in ("v1", "v2"))
+    assert (plan.factor != torch.tensor([1.0, 1, 1, 0])).any(dim=2).all()
+    torch.manual_seed(0)
+    theirs = [T.ColorJitter.get_params((0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (-0.4, 0.4)) for _ in range(DRAWS)]
+    for operation in range(4):
+        assert ks_distance([params[1 + operation] for params in theirs], plan.factor[:, 0, operation].numpy()) < KS_BOUND
+    assert all(torch.equal(a, b) for a, b in zip(plan._replace(factor=v2.factor), v2))  # all else is as in v2
 
 
 def test_plan_is_a_permutation_that_depends_on_seed_and_epoch_alone():

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import dual_temperature_loss, info_nce_loss, similarity_statistics
+from common import dual_temperature_loss, info_nce_loss, similarities, similarity_statistics
 
 
 def log_softmax_of_positive(s, temperature, alpha=None):
@@ -157,6 +157,38 @@ def test_eqco_counts_the_negatives_as_alpha():
     assert ours.item() == pytest.approx(numpy_info_nce(q, k, 0.1, alpha=256), rel=1e-10)
     unchanged = info_nce_loss(torch.tensor(q), torch.tensor(k), 0.1, alpha=8)  # alpha = K
     assert unchanged.item() == pytest.approx(numpy_info_nce(q, k, 0.1), rel=1e-10)
+
+
+@pytest.mark.parametrize("num_negatives", [1, 3, 8])
+def test_sampled_negatives(num_negatives):
+    """Of each query its own set of other images: never the positive, none twice, all equally often, and by the generator."""
+    q, k = embeddings("random", 9)
+
+    def draw(seed):
+        return similarities(q, k, None, num_negatives, torch.Generator().manual_seed(seed))
+
+    counts = torch.zeros(9, 9)
+    for seed in range(400):
+        positive, negative = draw(seed)
+        assert torch.equal(positive, (q @ k.T).diagonal()) and negative.shape == (9, num_negatives)
+        where = negative[:, :, None] == (q @ k.T)[:, None]  # all similarities differ, so each tells its key
+        assert (where.sum(dim=2) == 1).all()
+        counts += where.sum(dim=1)
+        if seed < 3:
+            assert torch.equal(draw(seed)[1], negative)
+            s = np.concatenate([positive[:, None].numpy(), negative.numpy()], axis=1)
+            loss = info_nce_loss(q, k, 0.1, None, 64, num_negatives, torch.Generator().manual_seed(seed))
+            assert loss.item() == pytest.approx(-log_softmax_of_positive(s, 0.1, 64).mean(), rel=1e-10)
+            loss = dual_temperature_loss(q, k, 0.1, 10, None, num_negatives, torch.Generator().manual_seed(seed))
+            weight = one_minus_p(s, 1.0) / one_minus_p(s, 0.1)
+            assert loss.item() == pytest.approx((weight * -log_softmax_of_positive(s, 0.1)).mean(), rel=1e-10)
+    p = num_negatives / 8
+    assert counts.diagonal().sum() == 0
+    others = counts[~torch.eye(9, dtype=torch.bool)]  # 400 draws each: within five standard deviations
+    assert (others - 400 * p).abs().max() <= 5 * (400 * p * (1 - p)) ** 0.5
+    assert num_negatives == 8 or not torch.equal(draw(0)[1], draw(1)[1])
+    with pytest.raises(ValueError, match="num_negatives"):
+        similarities(q, k, None, 9)
 
 
 def test_losses_are_computed_in_float32_under_autocast():

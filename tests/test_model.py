@@ -6,6 +6,7 @@ import torch.nn as nn
 import torchvision
 
 import common
+import simco
 
 
 def torchvision_resnet18(stem_padding):
@@ -111,7 +112,7 @@ def test_learning_rate_is_that_of_the_authors_library():
     """Lightning Bolts' LinearWarmupCosineAnnealingLR, stepped per epoch: its recursion, written out."""
     import math
 
-    args = common.argument_parser("simco", "").parse_args(["--batch-size", "512"])
+    args = simco.arguments().parse_args(["--batch-size", "512"])
     common.resolve(args)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
     base, start, warmup, total = 0.06, 0.003, 10, 200
@@ -126,3 +127,12 @@ def test_learning_rate_is_that_of_the_authors_library():
             expected *= (1 + math.cos(phase * (epoch - warmup))) / (1 + math.cos(phase * (epoch - warmup - 1)))
         assert common.adjust_learning_rate(optimizer, epoch, args) == pytest.approx(expected, rel=1e-9)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_step_schedule_divides_by_ten_twice():
+    args = simco.arguments().parse_args(["--schedule", "step", "--epochs", "35", "--warmup-epochs", "2"])
+    common.resolve(args)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
+    rates = [common.adjust_learning_rate(optimizer, epoch, args) for epoch in range(35)]
+    assert rates[:2] == [0.003, 0.03]  # the warm-up
+    assert rates[2:] == pytest.approx([0.03] * 19 + [0.003] * 7 + [0.0003] * 7)

@@ -1,5 +1,6 @@
 """Two steps of each script, as it really runs, against the same steps written out plainly from the papers' pseudocode."""
 import json
+import math
 
 import pytest
 import torch
@@ -23,6 +24,14 @@ def start_state(method, args):
 def cross_entropy_with_positive_first(positive, negative, temperature):
     logits = torch.cat([positive, negative], dim=1) / temperature
     return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long), reduction="none")
+
+
+def plain_info_nce(q, k, temperature, alpha=None):
+    """EqCo's definition for in-batch negatives: the margin T * log(alpha / K) is taken off the positive."""
+    n = len(q)
+    positive = (q * k).sum(dim=1, keepdim=True) - temperature * math.log((alpha or n - 1) / (n - 1))
+    negative = (q @ k.T)[~torch.eye(n, dtype=torch.bool)].view(n, n - 1)
+    return cross_entropy_with_positive_first(positive, negative, temperature).mean()
 
 
 def plain_dual_temperature(q, k, temperature, dt_m):
@@ -51,6 +60,10 @@ def plain_sgd(parameters, velocities, gradients, lr, momentum, weight_decay):
     ("simmoco", ["--moco-m", "0.5"]),
     ("moco_v2", ["--moco-k", "100"]),  # 32 keys a step do not divide it
     ("moco_v2", ["--moco-k", "20", "--moco-m", "0.5"]),  # the batch is larger than the queue
+    ("moco_v2", ["--moco-k", "100", "--symmetric"]),
+    ("simmoco", ["--symmetric"]),
+    ("simmoco", ["--loss", "eqco", "--alpha", "256"]),
+    ("simco", ["--loss", "infonce"]),
 ])  # fmt: skip
 def test_steps_agree_with_the_pseudocode(method, flags, tiny_run):
     out = tiny_run(method, *flags)
@@ -67,25 +80,31 @@ def test_steps_agree_with_the_pseudocode(method, flags, tiny_run):
         lr = 0.03 * 32 / 256 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * epoch / args["epochs"]))).item()
         losses.append([])
         for view1, view2 in batches(args, epoch):
+            def loss_of(q, k):
+                if method == "moco_v2":
+                    positive = (q * k).sum(dim=1, keepdim=True)
+                    return cross_entropy_with_positive_first(positive, q @ torch.stack(queue).T, args["moco_t"]).mean()
+                if args["loss"] == "dual":
+                    return plain_dual_temperature(q, k, args["moco_t"], args["dt_m"])
+                return plain_info_nce(q, k, args["moco_t"], args["alpha"])
+
             if method == "simco":
                 q1, q2 = query_encoder(view1), query_encoder(view2)
-                t, m = args["moco_t"], args["dt_m"]
-                loss = (plain_dual_temperature(q1, q2, t, m) + plain_dual_temperature(q2, q1, t, m)) / 2
+                loss = (loss_of(q1, q2) + loss_of(q2, q1)) / 2
             else:
-                q = query_encoder(view1)
-                k = model.encoder_k(view2).detach()
-                if method == "simmoco":
-                    loss = plain_dual_temperature(q, k, args["moco_t"], args["dt_m"])
-                else:
-                    positive = (q * k).sum(dim=1, keepdim=True)
-                    loss = cross_entropy_with_positive_first(positive, q @ torch.stack(queue).T, args["moco_t"]).mean()
+                q, keys = query_encoder(view1), [model.encoder_k(view2).detach()]
+                loss = loss_of(q, keys[0])
+                if args["symmetric"]:  # the mean of both directions
+                    q2 = query_encoder(view2)
+                    keys.append(model.encoder_k(view1).detach())
+                    loss = (loss + loss_of(q2, keys[1])) / 2
             plain_sgd(parameters, velocities, torch.autograd.grad(loss, parameters), lr, 0.9, 5e-4)
             if method != "simco":
                 with torch.no_grad():
                     for key, query in zip(model.encoder_k.parameters(), parameters):
                         key.copy_(args["moco_m"] * key + (1 - args["moco_m"]) * query)
             if method == "moco_v2":  # first in, first out
-                queue = (queue + list(k))[-args["moco_k"] :]
+                queue = (queue + list(torch.cat(keys)))[-args["moco_k"] :]
             losses[-1].append(loss.item())
 
     logged = [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()[1:]]
@@ -98,7 +117,7 @@ def test_steps_agree_with_the_pseudocode(method, flags, tiny_run):
             torch.testing.assert_close(saved["model"][name], value, rtol=1e-4, atol=1e-6)
     if method == "moco_v2":
         pointer = saved["model"]["queue_ptr"].item()
-        assert pointer == 4 * 32 % args["moco_k"]
+        assert pointer == 4 * 32 * (1 + args["symmetric"]) % args["moco_k"]
         oldest_first = saved["model"]["queue"].roll(-pointer, dims=0)
         torch.testing.assert_close(oldest_first, torch.stack(queue), rtol=1e-4, atol=1e-6)
 
