@@ -46,7 +46,7 @@ for seed in $SEEDS; do
       $launch "$method.py" --dataset "$DATASET" --data "$DATA" --epochs "$EPOCHS" --batch-size "$batch_size" \
         --seed "$seed" --out "$out" ${FLAGS:-} $own_flags
       # shellcheck disable=SC2086
-      python linear_eval.py "$out" ${EVAL_FLAGS:-}
+      $launch linear_eval.py "$out" ${EVAL_FLAGS:-}
     done
   done
 done

@@ -235,6 +235,7 @@ def test_out_is_something_else(tmp_path, fails_plainly, tiny_run):
 def test_a_checkpoint_that_is_none(damage, tiny_run, fails_plainly):
     out = tiny_run("simco", "--epochs", "3")
     path = out / "checkpoint.pth"
+    (out / "checkpoint.previous.pth").unlink()  # which a run would go on from
     if damage == "text":
         path.write_text("hello")
     elif damage == "truncated":

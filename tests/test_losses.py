@@ -178,10 +178,10 @@ def test_sampled_negatives(num_negatives):
             assert torch.equal(draw(seed)[1], negative)
             s = np.concatenate([positive[:, None].numpy(), negative.numpy()], axis=1)
             loss = info_nce_loss(q, k, 0.1, None, 64, num_negatives, torch.Generator().manual_seed(seed))
-            assert loss.item() == pytest.approx(-log_softmax_of_positive(s, 0.1, 64).mean(), rel=1e-10)
+            assert loss.item() == pytest.approx(-log_softmax_of_positive(s, 0.1, 64).mean(), rel=1e-6)
             loss = dual_temperature_loss(q, k, 0.1, 10, None, num_negatives, torch.Generator().manual_seed(seed))
             weight = one_minus_p(s, 1.0) / one_minus_p(s, 0.1)
-            assert loss.item() == pytest.approx((weight * -log_softmax_of_positive(s, 0.1)).mean(), rel=1e-10)
+            assert loss.item() == pytest.approx((weight * -log_softmax_of_positive(s, 0.1)).mean(), rel=1e-6)
     p = num_negatives / 8
     assert counts.diagonal().sum() == 0
     others = counts[~torch.eye(9, dtype=torch.bool)]  # 400 draws each: within five standard deviations
