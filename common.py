@@ -79,10 +79,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
     def parse_args(self, args=None):
+        given = vars(super().parse_args(args))
         for flag, defaults in self.presets.items():
-            if getattr(super().parse_args(args), flag):
+            if given[flag]:
                 self.set_defaults(**defaults)
-        return super().parse_args(args)
+        if given.get("like") is not None:
+            self.set_defaults(**flags_of_run(Path(given["like"]), self.get_default("method")))
+        args = super().parse_args(args)
+        vars(args).pop("like", None)  # the run is what its other flags say
+        return args
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -129,6 +134,7 @@ def argument_parser(method, description):
     add("--moco-t", default=0.1, type=number(float, above=0), help="softmax temperature")
     add("--knn-every", type=number(int, 1), metavar="N", help="kNN every N epochs (default: about 40 times a run)")
     add("--seed", default=0, type=number(int, 0, most=2**63 - 1), help="of weights, batches and augmentation")
+    add("--like", metavar="DIR", help="the flags of the run in DIR (its args.json), but for those given")
     add("--out", metavar="DIR", help="run directory (default: runs/<method>-<dataset>-bs<batch size>-seed<seed>)")
     add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: a CUDA GPU if there is one")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where the hardware has it")
@@ -180,6 +186,15 @@ def check_mechanisms(args):
 
 # Where a run computes may change between its start and its end; what it computes may not.
 MACHINE_FLAGS = ("data", "out", "device", "compile", "environment")
+
+
+def flags_of_run(path, method):
+    """The flags that made a run what it is, from its args.json. Raises UserError if it is not a run of `method`."""
+    flags = read_json(path / "args.json")
+    if not isinstance(flags, dict) or flags.get("method") != method:
+        made_by = f"was written by {flags['method']}.py" if isinstance(flags, dict) and "method" in flags else "is of no run"
+        raise UserError(f"'{path / 'args.json'}' {made_by}, and this is {method}.py")
+    return {key: value for key, value in flags.items() if key not in MACHINE_FLAGS}
 
 
 def choose_hardware(args):

@@ -301,8 +301,6 @@ def settings(run_args):
 
 
 def mean_and_spread(values):
-    if not values:
-        return "–"
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{spread}"
 
@@ -315,6 +313,8 @@ def table(root):
     for path in sorted(Path(root).rglob("result.json")):
         run_args, result = read_run_args(path.parent), common.read_json(path)
         shared, own = settings(run_args)
+        if run_args["dataset"] == "cifar100":
+            groups[""]  # whatever was run on CIFAR-100: show what there is to compare with, and what is missing
         if "linear_top1" in result:
             if result["epoch"] < run_args["epochs"]:
                 unfinished.append(f"{path.parent} (epoch {result['epoch']} of {run_args['epochs']})")
@@ -322,7 +322,7 @@ def table(root):
             groups[shared][run_args["method"], own, run_args["batch_size"]].append(result)
         if "untrained" in result:
             groups[shared]["untrained", "", run_args["batch_size"]].append(result["untrained"])
-    if not groups:
+    if not any(groups.values()):
         raise UserError(f"no finished result.json below '{root}'; python linear_eval.py RUN_DIR makes one")
 
     text = []
@@ -330,19 +330,22 @@ def table(root):
         recipe = heading == ""
         sizes = sorted({size for _, _, size in cells} | (set(PUBLISHED["simco"]) if recipe else set()))
         protocols = {json.dumps(result["protocol"], sort_keys=True) for results in cells.values() for result in results}
-        text.append(f"**{'CIFAR-100, ResNet-18, 200 epochs' if recipe else heading}** (top-1 in percent on the test set)\n")
+        title = "CIFAR-100, ResNet-18, 200 epochs" if recipe else heading
+        text.append(f"**{title}** (top-1 in percent on the test set: linear / kNN)\n")
         text.append("| | " + " | ".join(f"batch {size}" for size in sizes) + " |")
         text.append("|---|" + "---|" * len(sizes))
         rows = {(method, own) for method, own, _ in cells} | ({(method, "") for method in PUBLISHED} if recipe else set())
         order = ["untrained", *TITLES]
         for method, own in sorted(rows, key=lambda row: (order.index(row[0]), row[1])):
-            name = TITLES.get(method, method) + (f" ({own})" if own else "")
-            for key, title in (("linear_top1", "linear"), ("knn_top1", "kNN")):
-                values = [[result[key] for result in cells.get((method, own, size), [])] for size in sizes]
-                text.append(f"| {name}, {title} | " + " | ".join(map(mean_and_spread, values)) + " |")
+            of_size = [cells.get((method, own, size), []) for size in sizes]
+            figures = [
+                " / ".join(mean_and_spread([result[key] for result in results]) for key in ("linear_top1", "knn_top1"))
+                if results else "–" for results in of_size
+            ]  # fmt: skip
+            text.append(f"| {TITLES.get(method, method)}{own and f' ({own})'} | " + " | ".join(figures) + " |")
             if recipe and method in PUBLISHED and not own:
-                published = [[PUBLISHED[method][size]] if size in PUBLISHED[method] else [] for size in sizes]
-                text.append(f"| {name}, published | " + " | ".join(map(mean_and_spread, published)) + " |")
+                published = [f"{PUBLISHED[method][size]:.2f}" if size in PUBLISHED[method] else "–" for size in sizes]
+                text.append(f"| {TITLES[method]}, published | " + " | ".join(published) + " |")
         text.append("")
         if len(protocols) > 1:
             text.append("Note: these runs were not all evaluated by the same protocol (see `protocol` in result.json).\n")

@@ -4,7 +4,7 @@ import re
 import sys
 
 text = open(sys.argv[1], encoding="utf-8").read()
-figures = {name: float(value) for name, value in re.findall(r"^\| (\S.*?), linear \| ([\d.]+)", text, re.MULTILINE)}
+figures = {name: float(value) for name, value in re.findall(r"^\| (\S.*?) \| ([\d.]+) /", text, re.MULTILINE)}
 floor = figures.pop("untrained")
 assert len(figures) == 3, figures
 for name, value in figures.items():

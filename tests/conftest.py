@@ -1,4 +1,8 @@
 """Shared by the tests: the scripts are importable from anywhere, run in this process, and tiny."""
+import dataclasses
+import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -7,12 +11,22 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+# One thread each, for the processes that tests start too: sums are then taken in the same order everywhere, and on two
+# cores two such processes get more done than one with two threads.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 import common  # noqa: E402
 import moco_v2  # noqa: E402
 import simco  # noqa: E402
 import simmoco  # noqa: E402
 
+# Drawing them anew, and kNN on all test images, would be two thirds of the time of a tiny run.
+draw_shapes, ALL_SHAPES = common.draw_shapes, common.draw_shapes()
+FEW_SHAPES = dataclasses.replace(
+    ALL_SHAPES, test_images=ALL_SHAPES.test_images[:256], test_labels=ALL_SHAPES.test_labels[:256]
+)
+common.draw_shapes = lambda *sizes: draw_shapes(*sizes) if sizes else FEW_SHAPES
 METHODS = {"moco_v2": moco_v2, "simmoco": simmoco, "simco": simco}
 # A run of a few seconds: drawn images, a very narrow network, fp32 so that it is the same on every machine.
 TINY = "--dataset shapes --subset 64 --batch-size 32 --width 2 --moco-dim 8 --epochs 2 --precision fp32 --device cpu".split()
@@ -21,6 +35,12 @@ TINY = "--dataset shapes --subset 64 --batch-size 32 --width 2 --moco-dim 8 --ep
 def pytest_configure(config):
     config.addinivalue_line("markers", "soak: takes minutes; runs only if asked for, by -m soak")
     config.option.markexpr = config.option.markexpr or "not soak"
+
+
+@pytest.fixture
+def all_shapes(monkeypatch):
+    """The whole test set for what runs in this process, as other processes have it."""
+    monkeypatch.setattr(common, "draw_shapes", lambda: ALL_SHAPES)
 
 
 @pytest.fixture
@@ -77,4 +97,24 @@ def batches(args, epoch):
     return result
 
 
-torch.set_num_threads(2)  # so that sums are taken in the same order wherever the suite runs
+def launchers(where, restarts=0):
+    """How `where` starts a script: a list of commands to be started together. 2, 4: so many processes, by torchrun;
+    "two machines": two agents of torchrun, a process each, which know of each other only an address."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--max-restarts={restarts}"]
+    if where == "two machines":
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        agent = "--nnodes=2 --nproc_per_node=1 --rdzv-backend=c10d --rdzv-id=test --local-addr=localhost".split()
+        return [[*torchrun, *agent, f"--rdzv-endpoint={address}"]] * 2
+    return [[*torchrun, "--standalone", f"--nproc_per_node={where}"]]
+
+
+def start_script(where, *command, restarts=0):
+    """Start a script `where` (see `launchers`), wait for it, and return what it printed. Exit codes other than 0 fail."""
+    command = list(map(str, command))
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    processes = [subprocess.Popen([*launcher, *command], **pipes) for launcher in launchers(where, restarts)]
+    printed = [process.communicate()[0] for process in processes]
+    assert not any(process.returncode for process in processes), "\n".join(printed)
+    return "".join(printed)

@@ -1,4 +1,5 @@
-"""Part of test_runs.py: this process's share of two batches of each method; saves what it computed in a directory."""
+"""Part of test_runs.py: this process's share of two batches of each method. As a script, on one of several processes, it
+saves what it has computed in a directory."""
 import sys
 
 import torch
@@ -41,15 +42,18 @@ def compute(method, args, device):
     return dict(views=torch.stack([view1, view2]), loss=loss.detach(), gradients=gradients, queue=queue)
 
 
-def main():
+def compute_all():
     results = {}
     for method in METHODS:
         args = METHODS[method].arguments().parse_args(FLAGS + ["--moco-k", "24"] * (method == "moco_v2"))
-        device = common.init_distributed(args) if not results else common.resolve(args)
-        results[method] = compute(method, args, device)
-    torch.save(results, f"{sys.argv[1]}/{common.rank()}")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        results[method] = compute(method, args, common.resolve(args))
+    return results
+
+
+def main():
+    common.join_processes(METHODS["simco"].arguments().parse_args(FLAGS))
+    torch.save(compute_all(), f"{sys.argv[1]}/{common.rank()}")
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import time
 
 import pytest
 import torch
-from conftest import METHODS, ROOT, TINY
-from test_runs import TORCHRUN, log_of, same_state, weights
+from conftest import METHODS, ROOT, TINY, start_script
+from test_runs import log_of, same_state, weights
 
 import common
 import moco_v2
@@ -151,8 +151,7 @@ def test_directory_that_cannot_be_written(fails_plainly):
 
 
 def start(*arguments, **popen):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, *map(str, arguments)], env=environment, text=True, **popen)
+    return subprocess.Popen([sys.executable, *map(str, arguments)], text=True, **popen)
 
 
 def test_two_starts_at_once(tmp_path):
@@ -169,7 +168,7 @@ def test_two_starts_at_once(tmp_path):
     assert first.returncode == 143 and weights(tmp_path / "run")["epoch"] >= 1
 
 
-def test_torchrun_restarts_a_run_whose_process_died(tmp_path):
+def test_torchrun_trains_one_run_and_restarts_it_when_a_process_dies(tmp_path):
     script = tmp_path / "dies_once.py"
     script.write_text(f"""
 import os, pathlib, signal, sys
@@ -188,15 +187,14 @@ def views_of(run, data, epoch):
 common.Run.record, common.Run.views = dies_once, views_of
 common.launch(simco.main)
 """)
-    torchrun = [*TORCHRUN, "--standalone", "--nproc_per_node=2", "--max-restarts=3"]
-    for out in ("whole", "parts"):
-        if out == "whole":
-            (tmp_path / "whole.died").touch()
-        process = start(*torchrun, script, *FLAGS, "--out", tmp_path / out, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        output, errors = process.communicate()
-        assert process.returncode == 0, errors
-    assert (tmp_path / "parts.died").exists() and "going on after epoch 1" in output
+    (tmp_path / "whole.died").touch()
+    printed = {out: start_script(2, script, *FLAGS, "--out", tmp_path / out, restarts=3) for out in ("whole", "parts")}
+    assert printed["whole"].count("epoch   3/3") == 1 and "on 2 processes" in printed["whole"]  # one log of both
+    assert [entry["epoch"] for entry in log_of(tmp_path / "whole")] == [0, 1, 2, 3]
+    assert (tmp_path / "parts.died").exists() and "going on after epoch 1" in printed["parts"]
     assert same_state(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    with pytest.raises(AssertionError, match=r"error: .*epochs 3 \(now 4\)"):
+        start_script(2, ROOT / "simco.py", *FLAGS, "--epochs", "4", "--out", tmp_path / "whole")
 
 
 @pytest.mark.soak

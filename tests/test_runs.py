@@ -1,17 +1,17 @@
 """A run from start to end: what it writes, that an interruption leaves no trace in it, and several processes."""
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 
+import distributed_worker
 import pytest
 import torch
-from conftest import METHODS, ROOT, TINY
+from conftest import METHODS, ROOT, TINY, start_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import common
+import moco_v2
 import simco
 
 
@@ -80,6 +80,18 @@ def test_same_seed_same_bits_other_seed_other_weights(run_script, tmp_path):
     assert same_state(a, b) and not same_state(a["model"], c["model"])
 
 
+def test_args_json_alone_repeats_a_run(tiny_run, run_script, fails_plainly, tmp_path):
+    out = tiny_run("moco_v2", "--v1", "--moco-k", "40", "--seed", "3")
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "args.json").write_text((out / "args.json").read_text())
+    for name, flags in (("same", []), ("other", ["--seed", "4"])):
+        assert run_script(moco_v2, "--like", tmp_path / "copy", *flags, "--device", "cpu", "--out", tmp_path / name) == 0
+    assert same_state(weights(out), weights(tmp_path / "same"))
+    assert not same_state(weights(out), weights(tmp_path / "other"))
+    assert "was written by moco_v2.py, and this is simco.py" in fails_plainly(simco, "--like", out, "--out", tmp_path / "x")
+    assert "cannot read" in fails_plainly(simco, "--like", tmp_path, "--out", tmp_path / "x")
+
+
 def test_finished_run_says_so_and_does_nothing(tiny_run, run_script, capsys):
     out = tiny_run("simco")
     before = {path: path.read_bytes() for path in out.iterdir()}
@@ -132,7 +144,7 @@ def test_killed_run_ends_with_the_same_bits(tmp_path):
 
     def start(out):
         command = [sys.executable, ROOT / "simmoco.py", *TINY, "--epochs", "12", "--out", out]
-        return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "2"}, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     whole, parts = start(tmp_path / "whole"), start(tmp_path / "parts")
     for line in parts.stdout:
@@ -155,42 +167,13 @@ def test_loss_that_is_not_finite_stops_the_run(run_script, tmp_path, capsys):
     assert not (tmp_path / "run" / "checkpoint.pth").exists()
 
 
-@pytest.fixture(scope="module")
-def worker(tmp_path_factory):
-    """worker(*launcher): distributed_worker.py, started so; a list of what each of its processes computed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-    def start(*launchers):
-        directory = tmp_path_factory.mktemp("worker")
-        script = [ROOT / "tests" / "distributed_worker.py", directory]
-        processes = [subprocess.Popen([sys.executable, *launcher, *script], env=environment) for launcher in launchers]
-        assert [process.wait() for process in processes] == [0] * len(processes)
-        return [torch.load(path) for path in sorted(directory.iterdir())]
-
-    return start
-
-
-@pytest.fixture(scope="module")
-def one_process(worker):
-    return worker([])[0]
-
-
-TORCHRUN = ["-m", "torch.distributed.run"]
-NODE = [*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", "--rdzv-id=test"]
-
-
-@pytest.mark.parametrize("launch", [2, 4, "two machines"])
-def test_processes_compute_the_gradient_of_one(launch, worker, one_process):
+@pytest.mark.parametrize("where", [4, "two machines"])
+def test_processes_compute_the_gradient_of_one(where, tmp_path):
     """The same global batch on several processes as on one, all methods: loss, gradients and queue. BatchNorm is in eval
     mode, where its statistics do not depend on how the batch is split."""
-    if launch == "two machines":  # two agents of torchrun, which only know an address
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        parts = worker(*[[*NODE, f"--rdzv-endpoint=localhost:{port}", "--local-addr=localhost"]] * 2)
-    else:
-        parts = worker([*TORCHRUN, "--standalone", f"--nproc_per_node={launch}"])
-    assert len(parts) == (2 if launch == "two machines" else launch)
+    start_script(where, ROOT / "tests" / "distributed_worker.py", tmp_path)
+    one_process, parts = distributed_worker.compute_all(), [torch.load(path) for path in sorted(tmp_path.iterdir())]
+    assert len(parts) == (2 if where == "two machines" else where)
     for method in METHODS:
         one, shares = one_process[method], [part[method] for part in parts]
         assert torch.equal(one["views"], torch.cat([share["views"] for share in shares], dim=1))
@@ -204,17 +187,3 @@ def test_processes_compute_the_gradient_of_one(launch, worker, one_process):
         if method == "moco_v2":
             assert all(torch.equal(share["queue"], shares[0]["queue"]) for share in shares)
             torch.testing.assert_close(shares[0]["queue"], one["queue"], rtol=1e-5, atol=1e-6)
-
-
-def test_torchrun_trains_one_run(tmp_path):
-    """Two processes under torchrun: one log, one checkpoint, and a resumed run that knows it is finished."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    arguments = [str(ROOT / "moco_v2.py"), *TINY, "--moco-k", "50", "--out", str(tmp_path / "run")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    first = subprocess.run([*torchrun, *arguments], check=True, env=environment, capture_output=True, text=True)
-    assert first.stdout.count("epoch   2/2") == 1 and "on 2 processes" in first.stdout
-    assert [entry["epoch"] for entry in log_of(tmp_path / "run")] == [0, 1, 2]
-    again = subprocess.run([*torchrun, *arguments], check=True, env=environment, capture_output=True, text=True)
-    assert again.stdout.count("is finished") == 1
-    bad = subprocess.run([*torchrun, *arguments, "--epochs", "3"], env=environment, capture_output=True, text=True)
-    assert bad.returncode != 0 and bad.stderr.count("error: ") >= 1 and "epochs 2 (now 3)" in bad.stderr
