@@ -10,7 +10,7 @@ The training rows are the scripts themselves, run on random images of CIFAR's si
 own, so that its peak memory is its own too. Columns:
     images/s        `images_per_second` of log.jsonl, median of all epochs but the first: with augmentation, loss, optimiser,
                     queue and logging. An image counts once, not once per view.
-    ratio           to the conventional way on the same machine, in the same run, at the same batch size
+    ratio           to the conventional way with the same method and batch size, on the same machine, in the same run
     share of peak   operations of the convolutions and matrix products (8.5 GFLOP for an image in SimCo), per second, over
                     what one large matrix product of the same precision reaches here
     epoch s         from one epoch's end to the next one's: with the epoch's plan, the checkpoint, and kNN every fifth time
@@ -43,11 +43,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
-import simco  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-METHODS = ("moco_v2", "simmoco", "simco")
+MODELS = dict(simco="SimCo", simmoco="SimMoCo", moco_v2="MoCo")
 SECTIONS = ("augmentation", "training", "knn")
 
 
@@ -55,7 +54,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--only", nargs="+", default=SECTIONS, choices=SECTIONS, help="which tables")
-    add("--methods", nargs="+", default=METHODS, choices=METHODS)
+    add("--methods", nargs="+", default=list(MODELS), choices=MODELS)
     add("--batch-sizes", nargs="+", type=int, default=[64, 128, 256, 512, 1024] if CUDA else [64, 256])
     add("--images", type=int, default=50_000 if CUDA else 512, help="in an epoch (default: 50000 on a GPU, else 512)")
     add("--epochs", type=int, default=11 if CUDA else 3, help="of each training (default: 11 on a GPU, else 3)")
@@ -63,7 +62,7 @@ def arguments():
     add("--compile", nargs="+", default=["off", "on"], choices=("off", "on"), help="eager, compiled, or both")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of our rows")
     add("--json", metavar="FILE", help="write all figures there as well")
-    add("--profile", choices=METHODS, help="only this, at the first of --batch-sizes and of --compile")
+    add("--profile", choices=MODELS, help="only this, at the first of --batch-sizes and of --compile")
     return parser
 
 
@@ -166,9 +165,12 @@ def pil_views_per_second(workers, count):
     return views / (time.perf_counter() - started)
 
 
-def conventional_training(batch_size, width, steps, loading):
-    """SimCo, with the views from DataLoader workers or (not `loading`) at hand already."""
-    model = simco.SimCo(simco.arguments().parse_args(["--width", str(width)])).to(DEVICE)
+def conventional_training(method, batch_size, width, steps, loading):
+    """A method with the views from DataLoader workers or (not `loading`) at hand already."""
+    script, symmetric = importlib.import_module(method), method == "simco"
+    args = script.arguments().parse_args(["--width", str(width)])
+    model = getattr(script, MODELS[method])(args).to(DEVICE)
+    queue = getattr(model, "queue", None)
     optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=5e-4)
     if loading:
         dataset = TwoViews((steps + 1) * batch_size)
@@ -176,11 +178,17 @@ def conventional_training(batch_size, width, steps, loading):
     else:
         batches = [torch.randn(2, batch_size, 3, 32, 32, device=DEVICE).unbind()] * (steps + 1)
     for step, (view1, view2) in enumerate(batches):
-        q1, q2 = model(view1.to(DEVICE), view2.to(DEVICE))
-        loss = 0.5 * (common.dual_temperature_loss(q1, q2) + common.dual_temperature_loss(q2, q1))
+        q, k = model(view1.to(DEVICE), view2.to(DEVICE))
+        loss = common.contrastive_loss(q, k, args, None, queue)
+        if symmetric:
+            loss = 0.5 * (loss + common.contrastive_loss(k, q, args, None))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if not symmetric:
+            model.momentum_update_key_encoder()
+        if queue is not None:
+            model.dequeue_and_enqueue(k)
         loss.item()
         if step == 0:  # a step to start up
             started = time.perf_counter()
@@ -217,7 +225,7 @@ def training(method, flags):
     return dict(
         images_per_second=usual,
         epoch_seconds=(ends[-1] - ends[0]) / (len(ends) - 1),
-        start_up_seconds=images[0] / speeds[0] - images[0] / usual,
+        start_up_seconds=max(0, images[0] / speeds[0] - images[0] / usual),
         **peak_memory(),
     )
 
@@ -274,15 +282,16 @@ def training_table(report, args, precision):
     columns = ("images_per_second", "ratio", "share_of_peak", "epoch_seconds", "start_up_seconds", "gpu_gb", "ram_gb")
     report.table("training", "batch_size", *columns)
     steps = {size: 40 if CUDA else max(2, args.images // size) for size in args.batch_sizes}
-    base = {}
-    for loading, name in ((True, "SimCo, conventional"), (False, "SimCo, conventional, views at hand")):
-        for batch_size in args.batch_sizes:
-            result = in_fresh_process(conventional_training, batch_size, args.width, steps[batch_size], loading)
-            base.setdefault(batch_size, result["images_per_second"])
-            report.row(name, batch_size=batch_size, ratio=result["images_per_second"] / base[batch_size], **result)
     peak = in_fresh_process(matrix_product_flops, precision)
     report.record["matrix_product_flops"] = peak
     for method in args.methods:
+        base = {}
+        for loading, name in ((True, "conventional"), (False, "conventional, views at hand")):
+            for size in args.batch_sizes:
+                result = in_fresh_process(conventional_training, method, size, args.width, steps[size], loading)
+                speed = result["images_per_second"]
+                base.setdefault(size, speed)
+                report.row(f"{method}, {name}", batch_size=size, ratio=speed / base[size], **result)
         operations = flop_per_image(method, args.width)
         for compiled in args.compile:
             for batch_size in args.batch_sizes:

@@ -202,8 +202,8 @@ common.launch(simco.main)
 
 @pytest.mark.soak
 def test_forty_kills(tmp_path):
-    """Twenty SIGKILLs and twenty SIGTERMs at random moments, also during saves, each followed by a restart: every time there is
-    something to go on from, and in the end the same bits."""
+    """Twenty SIGKILLs and twenty SIGTERMs at random moments, also during saves, each followed by a restart: there is always
+    something to go on from, and in the end there are the same bits."""
     chance = random.Random(0)
     signals = chance.sample([signal.SIGKILL, signal.SIGTERM] * 20, 40)
     command = [ROOT / "moco_v2.py", *TINY, "--subset", "256", "--moco-k", "4096", "--epochs", "60", "--out"]
