@@ -1075,7 +1075,7 @@ def read_checkpoint(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zipfile and pickle each have their own ways to fail on a damaged file
-        if more := re.search(r"GLOBAL (\S+)", str(error)):
+        if more := re.search(r"(?:GLOBAL|Unsupported class) (\S+)", str(error)):
             load = "torch.load(sys.argv[1], 'cpu', weights_only=False)['state_dict']"
             paths = shlex.join(map(str, (path, Path(path).with_suffix(".weights.pth"))))
             raise UserError(
