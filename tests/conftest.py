@@ -1,6 +1,7 @@
 """Shared by the tests: the scripts are importable from anywhere, run in this process, and tiny."""
 import dataclasses
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,8 @@ sys.path.insert(0, str(ROOT))
 # cores two such processes get more done than one with two threads.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+# A shell lets what it starts in the background ignore Ctrl-C, and all that this starts in its turn.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import common  # noqa: E402
 import moco_v2  # noqa: E402
