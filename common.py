@@ -1130,7 +1130,8 @@ class Run:
 
     log.jsonl: epoch (number of finished epochs; 0 is the untrained network), loss (mean of the epoch), lr, knn_top1
     (percent; null when it was not this epoch's turn), images_per_second (training alone, since the start or the last
-    interruption; an image counts once, not once per view), seconds (the whole epoch, with kNN).
+    interruption; an image counts once, not once per view), seconds (the whole epoch, with kNN); and of its last step
+    positive_similarity and negative_similarity (means), positive_ranks_first, for --loss dual dual_temperature_weight.
     """
 
     def __init__(self, args, device):
@@ -1390,6 +1391,13 @@ class Run:
 
     def write_log(self, entry, statistics, show_views):
         epoch, board = entry["epoch"], self.tensorboard
+        for name, value in (statistics or {}).items():
+            if value.dim() > 0:
+                value = value[value.isfinite()]  # the positive stands as -inf among the in-batch negatives
+                board.add_histogram(f"similarity/{name}", value, epoch)
+                name, value = f"{name}_similarity", value.mean()
+            board.add_scalar(f"contrast/{name}", value, epoch)
+            entry[name] = value.item()
         with open(self.path / "log.jsonl", "a") as file:
             file.write(json.dumps(entry) + "\n")
         text = f"epoch {epoch:3d}/{self.args.epochs}"
@@ -1401,13 +1409,6 @@ class Run:
         for key, title in titles.items():
             if entry.get(key) is not None:
                 board.add_scalar(title, entry[key], epoch)
-        for name, value in (statistics or {}).items():
-            if value.dim() == 0:
-                board.add_scalar(f"contrast/{name}", value, epoch)
-            else:
-                value = value[value.isfinite()]  # the positive stands as -inf among the in-batch negatives
-                board.add_scalar(f"contrast/{name}_similarity", value.mean(), epoch)
-                board.add_histogram(f"similarity/{name}", value, epoch)
         if show_views and self.two_views is not None:
             mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
             first, second = ((view[:24].cpu() * std + mean).clamp(0, 1).split(8) for view in self.two_views)

@@ -65,14 +65,21 @@ small() {
 }
 
 if [ "${1:-}" = small ]; then
-  for seed in $SEEDS; do # the methods, and what symmetry alone does
+  for seed in $SEEDS; do
     small "$seed" simco
-    for method in moco_v2 simmoco; do
+    small "$seed" simco --dt-m 1 # InfoNCE
+    for method in moco_v2 simmoco; do # what symmetry alone does
       small "$seed" $method
       small "$seed" $method --symmetric
     done
+    small "$seed" simmoco --symmetric --moco-m 0 # SimCo, but for the gradient through the keys
+    # SiMo's claim: few negatives are enough if they count as many
+    small "$seed" simmoco --loss infonce --num-negatives 16
+    small "$seed" simmoco --loss eqco --alpha 256 --num-negatives 16
   done
-  for dt_m in 1 3 30; do # temperature: 10 is the default, 1 is InfoNCE
+  small 0 simmoco --loss infonce --num-negatives 255
+  small 0 simmoco --loss eqco --alpha 256 --num-negatives 255
+  for dt_m in 3 30; do # temperature: 10 is the default
     small 0 simco --dt-m $dt_m
   done
   for moco_k in 256 4096; do # dictionary size: 65536 is the default, and there EqCo is InfoNCE
@@ -81,10 +88,6 @@ if [ "${1:-}" = small ]; then
     small 0 moco_v2 --moco-k $moco_k --loss dual
   done
   small 0 moco_v2 --loss dual
-  for negatives in 16 255; do # SiMo's claim: few negatives are enough if they count as many
-    small 0 simmoco --loss infonce --num-negatives $negatives
-    small 0 simmoco --loss eqco --alpha 256 --num-negatives $negatives
-  done
 else
   for seed in $SEEDS; do
     for method in $METHODS; do

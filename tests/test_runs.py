@@ -42,8 +42,10 @@ def test_what_a_run_writes(method, tiny_run, capsys):
     log = log_of(out)
     assert [entry["epoch"] for entry in log] == [0, 1, 2]
     assert log[0]["loss"] is None and 0 <= log[0]["knn_top1"] <= 100
+    contrast = {"positive_similarity", "negative_similarity", "positive_ranks_first"}
+    contrast |= {"dual_temperature_weight"} if method != "moco_v2" else set()
     for entry in log[1:]:
-        assert entry.keys() == {"epoch", "loss", "lr", "knn_top1", "images_per_second", "seconds"}
+        assert entry.keys() == {"epoch", "loss", "lr", "knn_top1", "images_per_second", "seconds"} | contrast
         assert entry["loss"] > 0 and entry["seconds"] > 0
     assert log[1]["lr"] == pytest.approx(0.03 * 32 / 256)
     printed = capsys.readouterr().out.splitlines()
@@ -53,8 +55,11 @@ def test_what_a_run_writes(method, tiny_run, capsys):
     board.Reload()
     scalars = set(board.Tags()["scalars"])
     assert {"train/loss", "train/lr", "knn/top1", "speed/images_per_second"} < scalars
-    assert {"contrast/positive_similarity", "contrast/negative_similarity", "contrast/positive_ranks_first"} < scalars
-    assert ("contrast/dual_temperature_weight" in scalars) == (method != "moco_v2")
+    assert {name for name in scalars if name.startswith("contrast/")} == {f"contrast/{name}" for name in contrast}
+    for name in contrast:
+        values = [entry[name] for entry in log[1:]]
+        assert [event.value for event in board.Scalars(f"contrast/{name}")] == values
+        assert all(-1 <= value <= 1 for value in values) or (name == "dual_temperature_weight" and min(values) > 0)
     assert set(board.Tags()["histograms"]) == {"similarity/positive", "similarity/negative"}
     assert board.Tags()["images"] == ["two views of each image"]
     assert [event.step for event in board.Scalars("knn/top1")] == [0, 1, 2]
