@@ -969,7 +969,8 @@ def similarity_statistics(q, k, temperature, dt_m=None, queue=None):
     positive is the most similar of all, and the mean dual-temperature weight. Arguments as for the losses; a dict."""
     positive, negative = similarities(q, k, queue)
     first = (positive[:, None] > negative).all(dim=1).float().mean()
-    statistics = {"positive": positive, "negative": negative[:, :1024].flatten(), "positive_ranks_first": first}
+    some = negative[:, :: math.ceil(negative.shape[1] / 1024)]  # from all over the queue, as its keys differ by age
+    statistics = {"positive": positive, "negative": some.flatten(), "positive_ranks_first": first}
     if dt_m is not None:
         hardness = [torch.sigmoid(negative_log_odds(positive, negative, t)) for t in (temperature * dt_m, temperature)]
         statistics["dual_temperature_weight"] = (hardness[0] / hardness[1].clamp(min=1e-30)).mean()

@@ -226,3 +226,11 @@ def test_statistics_for_tensorboard():
     assert statistics["positive_ranks_first"].item() == pytest.approx((s[:, :1] > s[:, 1:]).all(1).mean())
     weight = numpy_dual_weight(q.numpy(), k.numpy(), 0.1, 10).mean()
     assert statistics["dual_temperature_weight"].item() == pytest.approx(weight)
+
+
+def test_statistics_are_of_keys_from_all_over_the_queue():
+    q = torch.tensor([[1.0, 0.0]])
+    cosine = torch.linspace(-1, 1, 4096)  # the older, the less similar
+    statistics = similarity_statistics(q, q, 0.1, queue=torch.stack([cosine, (1 - cosine**2).sqrt()], dim=1))
+    assert len(statistics["negative"]) == 1024
+    assert statistics["negative"].mean().abs() < 4 * (2 / 4095)  # every fourth: at most three steps of the ramp off
