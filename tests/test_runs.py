@@ -1,8 +1,12 @@
-"""A run from start to end: what it writes, that an interruption leaves no trace in it, and several processes."""
+"""A run from start to end: what it writes, what an interruption leaves, and several processes."""
+import itertools
 import json
-import signal
+import random
+import re
+import resource
 import subprocess
 import sys
+import time
 
 import distributed_worker
 import pytest
@@ -11,184 +15,228 @@ from conftest import METHODS, ROOT, TINY, start_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import common
-import moco_v2
 import simco
-
-
-def weights(out):
-    return common.load_checkpoint(out / "checkpoint.pth")
-
-
-def same_state(a, b):
-    """Whether two checkpoints agree in every bit: weights, buffers, optimiser."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_state(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same_state, a, b))
-    return a == b
 
 
 def log_of(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
+def weights(out):
+    return common.load_checkpoint(out / "checkpoint.pth")
+
+
+def assert_same_bits(a, b):
+    """Of two run directories: weights, buffers and momenta, and what the log says of learning."""
+    torch.testing.assert_close(weights(a), weights(b), rtol=0, atol=0)
+    for ours, theirs in zip(log_of(a), log_of(b), strict=True):
+        assert [ours[name] == theirs[name] for name in ("epoch", "loss", "knn_top1")] == [True] * 3
+
+
+@pytest.fixture
+def interrupted_run(run_script, tmp_path, monkeypatch):
+    """interrupted_run(step, method, *flags): a TINY run, stopped by Ctrl-C in that step."""
+
+    def run(step, method, *flags):
+        record, steps = common.Run.record, itertools.count(1)
+
+        def record_or_stop(*what):
+            if next(steps) == step:
+                raise KeyboardInterrupt
+            record(*what)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(common.Run, "record", record_or_stop)
+            flags = [*TINY, *flags, "--out", tmp_path / "interrupted"]
+            assert run_script(METHODS[method], *flags) == 130
+        return tmp_path / "interrupted"
+
+    return run
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_what_a_run_writes(method, tiny_run, capsys):
     out = tiny_run(method, "--seed", "3")
-    args = json.loads((out / "args.json").read_text())
-    assert args["method"] == method and args["seed"] == 3 and args["precision"] == "fp32" and args["environment"]["torch"]
-    log = log_of(out)
-    assert [entry["epoch"] for entry in log] == [0, 1, 2]
-    assert log[0]["loss"] is None and 0 <= log[0]["knn_top1"] <= 100
-    contrast = {"positive_similarity", "negative_similarity", "positive_ranks_first"}
-    contrast |= {"dual_temperature_weight"} if method != "moco_v2" else set()
-    for entry in log[1:]:
-        assert entry.keys() == {"epoch", "loss", "lr", "knn_top1", "images_per_second", "seconds"} | contrast
-        assert entry["loss"] > 0 and entry["seconds"] > 0
-    assert log[1]["lr"] == pytest.approx(0.03 * 32 / 256)
-    printed = capsys.readouterr().out.splitlines()
-    assert len([line for line in printed if line.startswith("epoch")]) == 3 and "fp32" in printed[0]
-
-    board = EventAccumulator(str(out), size_guidance={"images": 0})
-    board.Reload()
-    scalars = set(board.Tags()["scalars"])
-    assert {"train/loss", "train/lr", "knn/top1", "speed/images_per_second"} < scalars
-    assert {name for name in scalars if name.startswith("contrast/")} == {f"contrast/{name}" for name in contrast}
-    for name in contrast:
-        values = [entry[name] for entry in log[1:]]
-        assert [event.value for event in board.Scalars(f"contrast/{name}")] == values
-        assert all(-1 <= value <= 1 for value in values) or (name == "dual_temperature_weight" and min(values) > 0)
-    assert set(board.Tags()["histograms"]) == {"similarity/positive", "similarity/negative"}
-    assert board.Tags()["images"] == ["two views of each image"]
-    assert [event.step for event in board.Scalars("knn/top1")] == [0, 1, 2]
+    assert capsys.readouterr().out.count("\nepoch ") == 3
+    args, log = json.loads((out / "args.json").read_text()), log_of(out)
+    assert args["method"] == method and args["seed"] == 3 and args["precision"] == "fp32"
+    assert "seed" in args["changed"].split() and "lr" not in args["changed"].split()
+    assert torch.__version__ in args["environment"]
+    names = {"epoch", "loss", "lr", "knn_top1", "images_per_second", "seconds"}
+    names |= {"positive_similarity", "negative_similarity", "positive_ranks_first"}
+    names |= {"dual_temperature_weight"} if method != "moco_v2" else set()
+    assert [entry["epoch"] for entry in log] == [0, 1, 2] and log[0]["loss"] is None
+    assert log[0]["knn_top1"] >= 0 and log[1].keys() == log[2].keys() == names
+    board = EventAccumulator(str(out)).Reload()
+    assert set(board.Tags()["scalars"]) == names - {"epoch"}
+    for name in names - {"epoch"}:
+        assert board.Scalars(name)[-1].value == pytest.approx(log[2][name])
+    assert set(board.Tags()["histograms"]) == {name for name in names if "_similarity" in name}
+    assert board.Tags()["images"] == ["first and second views"]
 
 
 def test_defaults_are_the_recipe():
-    """papers.md, section 2: a script without flags is the table's batch-256 cell."""
-    for method, module in METHODS.items():
-        args = module.arguments().parse_args([])
-        common.resolve(args)
-        recipe = dict(dataset="cifar100", epochs=200, batch_size=256, lr=0.03, warmup_epochs=10, weight_decay=5e-4,
-                      momentum=0.9, width=64, stem_padding=2, moco_dim=128, moco_t=0.1)  # fmt: skip
-        own = dict(simco=dict(dt_m=10), simmoco=dict(moco_m=0.99, dt_m=10), moco_v2=dict(moco_m=0.99, moco_k=65536))
-        recipe.update(own[method])
-        assert {key: value for key, value in vars(args).items() if key in recipe} == recipe
-        assert args.out == f"runs/{method}-cifar100-bs256-seed0"
+    """A script without flags is the batch-256 cell of the results table."""
+    recipe = "dataset=cifar100 epochs=200 batch_size=256 lr=0.03 momentum=0.9 weight_decay=0.0005"
+    recipe += " warmup_epochs=None width=64 stem_padding=2 moco_dim=128 moco_t=0.1 "
+    own = dict(moco_v2="moco_m=0.99 moco_k=65536", simmoco="moco_m=0.99 dt_m=10.0")
+    own["simco"] = "dt_m=10.0"
+    for method, flags in own.items():
+        args = vars(METHODS[method].arguments().parse_args([]))
+        assert {f"{name}={args[name]}" for name in args} >= set((recipe + flags).split())
+        assert args["changed"] == ""
 
 
-def test_same_seed_same_bits_other_seed_other_weights(run_script, tmp_path):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        assert run_script(simco, *TINY, "--out", tmp_path / name, "--seed", seed) == 0
-    a, b, c = (weights(tmp_path / name) for name in "abc")
-    assert same_state(a, b) and not same_state(a["model"], c["model"])
+def test_args_json_repeats_a_run(tiny_run, run_script, fails_plainly, capsys):
+    moco, flags = METHODS["moco_v2"], "--moco-k 40 --head linear --symmetric --seed 3".split()
+    out = tiny_run("moco_v2", *flags)
+    flags = [f"@{out}/args.json", *TINY[2:4], "--device", "cpu", "--out"]  # with its --data
+    same, other = out.with_name("same"), out.with_name("other")
+    assert run_script(moco, *flags, same) == run_script(moco, *flags, other, "--seed", "4") == 0
+    assert_same_bits(out, same)
+    assert log_of(out)[-1]["loss"] != log_of(other)[-1]["loss"]
 
-
-def test_args_json_alone_repeats_a_run(tiny_run, run_script, fails_plainly, tmp_path):
-    out = tiny_run("moco_v2", "--v1", "--moco-k", "40", "--seed", "3")
-    (tmp_path / "copy").mkdir()
-    (tmp_path / "copy" / "args.json").write_text((out / "args.json").read_text())
-    for name, flags in (("same", []), ("other", ["--seed", "4"])):
-        assert run_script(moco_v2, "--like", tmp_path / "copy", *flags, "--device", "cpu", "--out", tmp_path / name) == 0
-    assert same_state(weights(out), weights(tmp_path / "same"))
-    assert not same_state(weights(out), weights(tmp_path / "other"))
-    assert "was written by moco_v2.py, and this is simco.py" in fails_plainly(simco, "--like", out, "--out", tmp_path / "x")
-    assert "cannot read" in fails_plainly(simco, "--like", tmp_path, "--out", tmp_path / "x")
-
-
-def test_finished_run_says_so_and_does_nothing(tiny_run, run_script, capsys):
-    out = tiny_run("simco")
     before = {path: path.read_bytes() for path in out.iterdir()}
-    capsys.readouterr()
-    assert run_script(simco, *TINY, "--out", out) == 0
-    assert "is finished" in capsys.readouterr().out
+    assert run_script(moco, *flags, out) == 0 and "is finished" in capsys.readouterr().out
+    error = fails_plainly(moco, *flags, out, "--lr", "0.5", "--width", "3")
+    assert "lr 0.03 (now 0.5), width 2 (now 3)" in error
+    assert "method moco_v2 (now simco)" in fails_plainly(simco, *TINY, "--out", out)
     assert before == {path: path.read_bytes() for path in out.iterdir()}
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_interrupted_run_ends_with_the_same_bits(method, run_script, tmp_path, monkeypatch):
-    flags = [*TINY, "--epochs", "4"] + (["--moco-k", "40"] if method == "moco_v2" else [])
-    assert run_script(METHODS[method], *flags, "--out", tmp_path / "whole") == 0
-    # Interrupted in the middle of the third epoch, and once more after an epoch was logged but before it was saved.
-    steps, record, write = iter(range(100)), common.Run.record, common.write_atomically
-    with monkeypatch.context() as patch:
-
-        def interrupt_at_step_5(self, *what):
-            if next(steps) == 5:
-                raise KeyboardInterrupt
-            record(self, *what)
-
-        patch.setattr(common.Run, "record", interrupt_at_step_5)
-        assert run_script(METHODS[method], *flags, "--out", tmp_path / "parts") == 130
-    assert weights(tmp_path / "parts")["epoch"] == 2
-    with monkeypatch.context() as patch:
-
-        def interrupt_the_save(path, *what):
-            if path.name == "checkpoint.pth":
-                path.with_name("checkpoint.pth.tmp").write_bytes(b"half a checkpoint")
-                raise KeyboardInterrupt
-            write(path, *what)
-
-        patch.setattr(common, "write_atomically", interrupt_the_save)
-        assert run_script(METHODS[method], *flags, "--out", tmp_path / "parts") == 130
-    assert weights(tmp_path / "parts")["epoch"] == 2 and log_of(tmp_path / "parts")[-1]["epoch"] > 2
-    with open(tmp_path / "parts" / "log.jsonl", "a") as file:
-        file.write('{"epoch": 5, "lo')  # a line cut short by a crash
-    assert run_script(METHODS[method], *flags, "--out", tmp_path / "parts") == 0
-    assert same_state(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
-    timeless = [
-        [{key: entry[key] for key in ("epoch", "loss", "lr", "knn_top1")} for entry in log_of(tmp_path / name)]
-        for name in ("whole", "parts")
-    ]
-    assert timeless[0] == timeless[1]
+@pytest.mark.parametrize(
+    "command",
+    [
+        "moco_v2 --moco-k 40 --bn-splits 4 --symmetric",
+        "moco_v2 --memory-bank --moco-k 20",
+        "simmoco --num-negatives 5 --loss eqco --alpha 64 --head-bn",
+        "simco --num-negatives 5",
+    ],
+)
+def test_interrupted_run_ends_with_the_same_bits(command, tiny_run, interrupted_run, monkeypatch):
+    method, *flags = [*command.split(), "--epochs", "4"]
+    whole = tiny_run(method, *flags)
+    out = interrupted_run(6, method, *flags)  # in the third epoch
+    assert weights(out)["epoch"] == 1 and len(log_of(out)) == 3  # one checkpoint a minute
+    monkeypatch.setattr(common, "SECONDS_BETWEEN_CHECKPOINTS", 0)
+    interrupted_run(6, method, *flags)  # begins with the second epoch: in the fourth
+    assert weights(out)["epoch"] == 3
+    # As a crash leaves them: an epoch that is logged but not saved, and files cut short.
+    with open(out / "log.jsonl", "a") as file:
+        file.write('{"epoch": 4, "loss": 1}\n{"epoch": 5, "lo')
+    (out / "checkpoint.pth.tmp").write_bytes(b"half a checkpoint")
+    torch.manual_seed(99)  # the global generator has no part in it
+    tiny_run(method, *flags, "--out", out)
+    assert_same_bits(whole, out)
 
 
-def test_killed_run_ends_with_the_same_bits(tmp_path):
-    """A real process, killed without warning."""
-
-    def start(out):
-        command = [sys.executable, ROOT / "simmoco.py", *TINY, "--epochs", "12", "--out", out]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-
-    whole, parts = start(tmp_path / "whole"), start(tmp_path / "parts")
-    for line in parts.stdout:
-        if line.startswith("epoch   3"):
-            break
-    parts.send_signal(signal.SIGKILL)
-    assert parts.wait() == -signal.SIGKILL
-    assert 2 <= weights(tmp_path / "parts")["epoch"] < 12
-    again = start(tmp_path / "parts")
-    assert "going on after epoch" in again.communicate()[0] and again.returncode == 0
-    whole.communicate()
-    assert same_state(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+def start(*command):
+    command = [sys.executable, *map(str, command)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
-def test_loss_that_is_not_finite_stops_the_run(run_script, tmp_path, capsys):
-    flags = [*TINY, "--lr", "1e30", "--out", tmp_path / "run"]
-    assert run_script(simco, *flags) == 2
-    error = capsys.readouterr().err
-    assert "loss became nan" in error and "lr" in error and "fp32" in error and error.count("\n") == 1
-    assert not (tmp_path / "run" / "checkpoint.pth").exists()
+def test_two_starts_at_once_and_a_kill(tmp_path, tiny_run, run_script, fails_plainly):
+    flags = [*TINY, "--epochs", "9", "--out", tmp_path / "killed"]
+    process = start("simmoco.py", *flags)
+    while not process.stdout.readline().startswith("epoch   2"):
+        assert process.poll() is None
+    assert "another process is training" in fails_plainly(METHODS["simmoco"], *flags)
+    process.kill()
+    process.communicate()
+    assert weights(tmp_path / "killed")["epoch"] == 1
+    assert run_script(METHODS["simmoco"], *flags) == 0
+    assert_same_bits(tiny_run("simmoco", "--epochs", "9"), tmp_path / "killed")
 
 
-@pytest.mark.parametrize("where", [4, "two machines"])
-def test_processes_compute_the_gradient_of_one(where, tmp_path):
-    """The same global batch on several processes as on one, all methods: loss, gradients and queue. BatchNorm is in eval
-    mode, where its statistics do not depend on how the batch is split."""
+@pytest.mark.soak
+def test_twenty_kills(tmp_path):
+    """At random moments, also during a save: there is always something to resume from."""
+    chance, code = random.Random(0), "import common, moco_v2; common.launch(moco_v2.main)"
+    code = code.replace("; ", "; common.SECONDS_BETWEEN_CHECKPOINTS = 0; ")
+    command = ["-c", code, *TINY, "--subset", "256", "--moco-k", "4096", "--epochs", "40", "--out"]
+    start(*command, tmp_path / "whole").communicate()
+    for _ in range(20):
+        process = start(*command, tmp_path / "killed")
+        process.stdout.readline()  # it has read its checkpoint
+        time.sleep(chance.uniform(0, 2))
+        process.kill()
+        process.communicate()
+    start(*command, tmp_path / "killed").communicate()
+    assert_same_bits(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_loss_that_is_not_finite(fails_plainly, tmp_path):
+    error = fails_plainly(simco, *TINY, "--lr", "1e18", "--out", tmp_path)
+    assert "loss became nan" in error and "--lr" in error and "fp32" in error
+    assert not (tmp_path / "checkpoint.pth").exists()
+
+
+def test_full_disk_and_damaged_checkpoint(interrupted_run, fails_plainly):
+    out = interrupted_run(4, "moco_v2")
+    path, limits = out / "checkpoint.pth", resource.getrlimit(resource.RLIMIT_FSIZE)
+    whole = path.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))  # the queue is larger
+    try:
+        error = fails_plainly(METHODS["moco_v2"], *TINY, "--out", out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(path) in error and "MB are free" in error and path.read_bytes() == whole
+    assert not (out / "checkpoint.pth.tmp").exists()
+
+    torch.save({"weights": torch.zeros(3)}, path)
+    for damaged in (path.read_bytes(), whole[:-1000], b"", b"hello"):
+        path.write_bytes(damaged)
+        assert f"'{path}' is " in fails_plainly(METHODS["moco_v2"], *TINY, "--out", out)
+        assert path.read_bytes() == damaged
+
+
+def test_out_that_cannot_be_used(fails_plainly, tmp_path):
+    assert "/proc/run" in fails_plainly(simco, *TINY, "--out", "/proc/run")
+    (tmp_path / "notes.txt").write_text("mine")
+    for out in (tmp_path, tmp_path / "notes.txt"):
+        assert "neither empty nor a run" in fails_plainly(simco, *TINY, "--out", out)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("where, count", [(4, 4), ("two machines", 2)])
+def test_processes_compute_the_gradient_of_one(where, count, tmp_path):
+    """The same global batch on several processes as on one: views, loss, gradients and queue."""
     start_script(where, ROOT / "tests" / "distributed_worker.py", tmp_path)
-    one_process, parts = distributed_worker.compute_all(), [torch.load(path) for path in sorted(tmp_path.iterdir())]
-    assert len(parts) == (2 if where == "two machines" else where)
-    for method in METHODS:
-        one, shares = one_process[method], [part[method] for part in parts]
+    parts = [torch.load(path) for path in sorted(tmp_path.iterdir())]
+    assert len(parts) == count
+    for method, one in distributed_worker.compute_all().items():
+        shares = [part[method] for part in parts]
         assert torch.equal(one["views"], torch.cat([share["views"] for share in shares], dim=1))
-        loss = sum(share["loss"] for share in shares) / len(shares)
+        loss = sum(share["loss"] for share in shares) / count
         torch.testing.assert_close(loss, one["loss"], rtol=1e-5, atol=0)
         for share in shares:
             for name, gradient in one["gradients"].items():
-                # 1e-5 of the largest entry: small entries are differences of large ones, and inherit their rounding
-                tolerance = 1e-5 * gradient.abs().max().item()
-                assert (share["gradients"][name] - gradient).abs().max() <= tolerance, name
-        if method == "moco_v2":
-            assert all(torch.equal(share["queue"], shares[0]["queue"]) for share in shares)
-            torch.testing.assert_close(shares[0]["queue"], one["queue"], rtol=1e-5, atol=1e-6)
+                # Small entries are differences of large ones, and inherit their rounding.
+                error = (share["gradients"][name] - gradient).abs().max()
+                assert error <= 1e-5 * gradient.abs().max(), name
+            torch.testing.assert_close(share["queue"], one["queue"], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(share["queue"], shares[0]["queue"], rtol=0, atol=0)
+
+
+DIES_ONCE = """
+import os, pathlib, common, simco
+end_epoch, died = common.Run.end_epoch, pathlib.Path(__file__ + ".died")
+def end_or_die(run, epoch):
+    if epoch == 2 and common.rank() == 1 and not died.exists():
+        died.touch()
+        os.kill(os.getpid(), 9)
+    end_epoch(run, epoch)
+common.Run.end_epoch = end_or_die
+common.launch(simco.main)
+"""
+
+
+def test_torchrun_restarts_a_run_when_a_process_dies(tmp_path, monkeypatch):
+    """It dies in the third epoch, and the checkpoint is of the first: the second is repeated."""
+    script, out = tmp_path / "script.py", tmp_path / "run"
+    script.write_text(DIES_ONCE)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    printed = start_script(2, script, *TINY, "--epochs", "3", "--out", out, restarts=1)
+    assert "resumed after epoch 1" in printed
+    first, again = re.findall(r"epoch   2/3  loss (\S+)", printed)
+    assert first == again and [entry["epoch"] for entry in log_of(out)] == [0, 1, 2, 3]
