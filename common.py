@@ -98,7 +98,8 @@ def number(kind, low, high=2**62):
             raise ValueError
         return kind(text)
 
-    parse.__name__ = f"{kind.__name__} from {low} to {high}"  # argparse's error quotes it
+    limits = f"of at least {low}" if high == 2**62 else f"from {low} to {high}"
+    parse.__name__ = f"{kind.__name__} {limits}"  # argparse's error quotes it
     return parse
 
 
