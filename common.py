@@ -1010,7 +1010,7 @@ class Run:
             text += f"  {entry['images_per_second']:.0f} images/s  {entry['seconds']:.1f} s"
             for name, value in self.statistics.items():
                 if "_similarity" in name:
-                    board.add_histogram(name, value, epoch)
+                    board.add_histogram(f"similarity/{name}", value, epoch)
                 entry[name] = value.mean().item()
             mean, std = (torch.tensor(x, device=self.device)[:, None, None] for x in (MEAN, STD))
             grid = torchvision.utils.make_grid((self.views * std + mean).clamp(0, 1))
@@ -1018,9 +1018,10 @@ class Run:
         if entry["knn_top1"] is not None:
             text += f"  kNN {entry['knn_top1']:.2f} %"
         print(f"epoch {epoch:3d}/{self.args.epochs}{text}", flush=True)
+        groups = dict(loss="train", lr="train", knn_top1="knn", images_per_second="speed")
         for name, value in entry.items():
-            if value is not None and name != "epoch":
-                board.add_scalar(name, value, epoch)
+            if value is not None and name not in ("epoch", "seconds"):
+                board.add_scalar(f"{groups.get(name, 'contrast')}/{name}", value, epoch)
         board.flush()
         with open(self.path / "log.jsonl", "a") as file:
             file.write(json.dumps(entry) + "\n")

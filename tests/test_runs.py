@@ -68,10 +68,12 @@ def test_what_a_run_writes(method, tiny_run, capsys):
     assert [entry["epoch"] for entry in log] == [0, 1, 2] and log[0]["loss"] is None
     assert log[0]["knn_top1"] >= 0 and log[1].keys() == log[2].keys() == names
     board = EventAccumulator(str(out)).Reload()
-    assert set(board.Tags()["scalars"]) == names - {"epoch"}
-    for name in names - {"epoch"}:
-        assert board.Scalars(name)[-1].value == pytest.approx(log[2][name])
-    assert set(board.Tags()["histograms"]) == {name for name in names if "_similarity" in name}
+    curves = {tag.split("/")[1]: board.Scalars(tag) for tag in board.Tags()["scalars"]}
+    assert curves.keys() == names - {"epoch", "seconds"}
+    for name, events in curves.items():
+        assert events[-1].value == pytest.approx(log[2][name])
+    histograms = {f"similarity/{name}" for name in names if "_similarity" in name}
+    assert set(board.Tags()["histograms"]) == histograms
     assert board.Tags()["images"] == ["first and second views"]
 
 
