@@ -455,8 +455,8 @@ def batches(data, epoch, args):
     choices1, choices2 = choices.rows(slice(0, None, 2)), choices.rows(slice(1, None, 2))
     view_of = torch.compile(augment) if args.compile == "on" else augment
     several_groups = args.bn_splits > 1 or (world_size() > 1 and not args.sync_bn)
-    hide_bar = None if rank() == 0 else True  # None: show it on a terminal only
-    for step in tqdm(range(num_steps), f"epoch {epoch + 1}", leave=False, disable=hide_bar):
+    hidden = rank() > 0 or None  # None: shown on a terminal only
+    for step in tqdm(range(num_steps), f"epoch {epoch + 1}", leave=False, disable=hidden):
         begin = step * args.batch_size + rank() * share
         mine = slice(begin, begin + share)
         images = data.train_images[index[mine]]
@@ -850,8 +850,7 @@ def adjust_learning_rate(optimizer, epoch, args):
         lr = peak * 0.1 ** ((5 * epoch >= 3 * args.epochs) + (5 * epoch >= 4 * args.epochs))
     else:
         lr = peak * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (args.epochs - warmup)))
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    optimizer.param_groups[0]["lr"] = lr
 
 
 def read_json(path):

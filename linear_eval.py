@@ -135,8 +135,8 @@ def evaluate(backbone, data, args):
     )
 
 
-# What is before torchvision's names in checkpoints of: this project, MoCo's CIFAR demo (it numbers
-# the children, 2 is the ReLU), MoCo, torchvision, solo-learn and the dual-temperature authors.
+# Prefixes of the backbone in checkpoints of this project, MoCo's CIFAR demo (which numbers the
+# children of a ResNet; 2 is its ReLU), MoCo, torchvision, solo-learn and the DT authors.
 PREFIXES = ("encoder_q.backbone.", "encoder.backbone.", "encoder_q.net.", "encoder_q.")
 PREFIXES += ("", "backbone.", "encoder.")
 NUMBERED = dict(zip("0134569", "conv1 bn1 layer1 layer2 layer3 layer4 fc".split()))
@@ -220,7 +220,8 @@ def changed_flags(run_args):
 def table(root):
     """Markdown: the recipe's table, if a run is on CIFAR-100, and a row for each other setting."""
     results, others, notes = defaultdict(list), "", []
-    recipe = {(title, size): "–" for title in TITLES.values() for size in (64, 128, 256, 512, 1024)}
+    sizes = (64, 128, 256, 512, 1024)
+    recipe = {(title, size): "–" for title in TITLES.values() for size in sizes}
     for path in sorted(Path(root).rglob("result.json")):
         run_args, result = read_args(path.parent), common.read_json(path)
         flags, size = changed_flags(run_args), run_args.batch_size

@@ -121,7 +121,7 @@ def test_tables(tmp_path, run_script, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[2] == "| | batch 64 | batch 128 | batch 256 | batch 512 | batch 1024 |"
     assert lines[4] == "| MoCo v2 | – | – | – | – | 48.50 / 40.00 |"
-    assert lines[8] == "| SimCo | – | – | 58.50 ± 0.71 / 40.00 ± 0.00 | – | – |"  # sample deviation
+    assert lines[8] == "| SimCo | – | – | 58.50 ± 0.71 / 40.00 ± 0.00 | – | – |"
     assert lines[15] == "| SimCo | dataset cifar10 | 256 | 5.00 | 40.00 | 1 |"
     assert lines[16] == "| SimCo | dt-m 1.0 | 256 | 57.00 ± 0.00 | 40.00 ± 0.00 | 2 |"
     assert lines[17] == "| SimMoCo | epochs 2, symmetric | 256 | 11.00 | 40.00 | 1 |"
