@@ -325,10 +325,13 @@ def read_npz(path):
             *arrays, classes = (file[name] for name in Dataset._fields)
     except Exception as error:  # numpy, zipfile and zlib each fail in their own way
         raise UserError(f"'{path}' is damaged or not a dataset ({error})") from None
-    for images, labels in (arrays[:2], arrays[2:]):
-        is_rgb = images.dtype == np.uint8 and images.shape[3:] == (3,)
-        fits = len(labels) == len(images) and 0 <= labels.min() <= labels.max() < len(classes)
+    known = set(range(len(classes)))
+    for i in (0, 2):
+        images, labels = arrays[i : i + 2]
+        is_rgb = images.dtype == np.uint8 and images.shape[1:] == (*images.shape[1:2] * 2, 3)
+        fits = labels.shape == images.shape[:1] and set(labels.tolist()) <= known
         require(is_rgb and fits, f"'{path}': images must be uint8 [N, S, S, 3], with N labels")
+        arrays[i + 1] = labels.astype(np.int64)
     return Dataset(*map(torch.from_numpy, arrays), classes.tolist())
 
 
@@ -877,11 +880,13 @@ def write_atomically(path, write):
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # else a power failure could leave an empty file
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         temporary.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free / 1e6
-        raise UserError(f"cannot write '{path}', {free:.0f} MB are free: {error}") from None
+        free, reason = shutil.disk_usage(path.parent).free / 1e6, str(error).splitlines()[0]
+        raise UserError(f"cannot write '{path}', {free:.0f} MB are free: {reason}") from None
 
 
 def lock(path):
@@ -914,15 +919,14 @@ class Run:
         if self.start_epoch >= args.epochs:
             sys.exit()
         if self.start_epoch > 0:
-            model.load_state_dict(checkpoint["model"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
+            self.load(checkpoint)
         else:  # the untrained network, to see how much is learnt
             self.log(dict(epoch=0, loss=None, lr=None, knn_top1=knn_accuracy(backbone, data, args)))
         self.begin_epoch()
 
     def open(self):
-        """Check what is in the directory, begin to write, and return the checkpoint to resume from,
-        or dict(epoch=0)."""
+        """Check what is in the directory and begin to write. Returns the checkpoint to resume from;
+        its epoch is 0 if there is none."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         args, path, flags = self.args, self.path, self.path / "args.json"
@@ -939,7 +943,10 @@ class Run:
         checkpoint = dict(epoch=0)
         if (path / "checkpoint.pth").exists():
             checkpoint = load_checkpoint(path / "checkpoint.pth")
-        require("epoch" in checkpoint, f"'{path}/checkpoint.pth' is not of this project")
+            try:  # before anything is written
+                self.load(checkpoint)
+            except Exception:  # another network, or no checkpoint at all
+                raise UserError(f"'{path}/checkpoint.pth' is not of this run") from None
         epoch = checkpoint["epoch"]
         if epoch >= args.epochs:
             print(f"{path} is finished: {epoch} epochs. {self.next_command}")
@@ -959,6 +966,10 @@ class Run:
         resumed = f", resumed after epoch {epoch}" if epoch > 0 else ""
         print(f"{args.method}, {args.precision}, {environment} -> {path}{resumed}", flush=True)
         return checkpoint
+
+    def load(self, checkpoint):
+        self.model.load_state_dict(checkpoint["model"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
 
     def begin_epoch(self):
         self.started, self.step = time.perf_counter(), 0

@@ -146,9 +146,10 @@ HEADS = ("fc", "linear", "head", "projector", "classifier")
 def read_backbone(path, stem_padding=None):
     """The ResNet-18 in a checkpoint, and its epoch, if given. UserError if it is another network.
     stem_padding None: that of the code which writes such checkpoints."""
-    checkpoint, state = common.load_checkpoint(path), {}
-    require(isinstance(checkpoint, dict), f"'{path}' has no state_dict")
-    tensors = checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
+    checkpoint, state, tensors = common.load_checkpoint(path), {}, None
+    if isinstance(checkpoint, dict):
+        tensors = checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
+    require(isinstance(tensors, dict), f"'{path}' has no state_dict")
     tensors = {str(k).removeprefix("module."): v for k, v in tensors.items() if torch.is_tensor(v)}
     known = [p for p in PREFIXES if p + "conv1.weight" in tensors or p + "0.weight" in tensors]
     require(known, f"'{path}' has no conv1.weight behind a known prefix, but {[*tensors][:3]}")
@@ -261,7 +262,8 @@ def main():
     common.init_distributed(args)
     backbone, epoch, run_args = common.from_rank_zero(load, args)
     if args.export is not None:
-        common.write_atomically(Path(args.export), partial(torch.save, backbone.state_dict()))
+        save = partial(torch.save, backbone.state_dict())
+        common.from_rank_zero(common.write_atomically, Path(args.export), save)
         stem = f"nn.Conv2d(3, 64, 3, padding={backbone.conv1.padding[0]}, bias=False)"
         print(f"torchvision's resnet18 loads it with conv1 = {stem}, maxpool = fc = nn.Identity()")
         return

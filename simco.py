@@ -7,7 +7,8 @@ Negative Samples: Towards Understanding and Simplifying MoCo", CVPR 2022 (arXiv 
         view1, view2 = augment(images), augment(images)
         q1, q2 = f(view1), f(view2)                       # one encoder f; L2-normalised; NxC
         # the positive of q1[i] is q2[i]; its negatives are the N - 1 other rows of q2
-        L(q, k) = mean_i  w_i * -log p_i(T)               # p_i(T): softmax of the positive
+        p_i(T) = e^(q_i.k_i/T) / sum_j e^(q_i.k_j/T)      # softmax probability of the positive
+        L(q, k) = mean_i  w_i * -log p_i(T)
         w_i = (1 - p_i(dt_m * T)) / (1 - p_i(T))          # no gradient through w
         loss = (L(q1, q2) + L(q2, q1)) / 2                # gradient through both sides
         update f by SGD

@@ -8,7 +8,8 @@ Negative Samples: Towards Understanding and Simplifying MoCo", CVPR 2022 (arXiv 
         view1, view2 = augment(images), augment(images)
         q, k = f_q(view1), f_k(view2)                     # NxC, L2-normalised; no gradient in k
         # the positive of q[i] is k[i]; its negatives are the N - 1 other rows of k
-        loss = mean_i  w_i * -log p_i(T)                  # p_i(T): softmax of the positive
+        p_i(T) = e^(q_i.k_i/T) / sum_j e^(q_i.k_j/T)      # softmax probability of the positive
+        loss = mean_i  w_i * -log p_i(T)
         w_i = (1 - p_i(dt_m * T)) / (1 - p_i(T))          # no gradient through w
         update f_q by SGD
         f_k = m * f_k + (1 - m) * f_q

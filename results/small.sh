@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The small-scale study: the recipe on CIFAR-100, but a narrow network, a fifth of the images and 15
-# epochs. 29 runs, each a quarter of an hour on one CPU core. Finished runs are skipped, interrupted
+# epochs. 29 runs, each 6 to 15 minutes on one CPU core. Finished runs are skipped, interrupted
 # ones resume.
 #
 #   results/small.sh

@@ -48,7 +48,8 @@ def test_npz_and_cifar_are_read(arrays, tmp_path, monkeypatch):
         return SimpleNamespace(data=images, targets=labels.tolist(), classes=["a", "b"])
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", cifar)
-    np.savez_compressed(tmp_path / "cifar100.npz", **arrays)
+    labels = arrays["train_labels"].astype(np.uint8)  # any integers will do
+    np.savez_compressed(tmp_path / "cifar100.npz", **dict(arrays, train_labels=labels))
     for name in ("cifar10", "cifar100"):  # from torchvision; from the file
         *tensors, classes = common.load_dataset(name, tmp_path)
         assert all(map(np.array_equal, tensors, arrays.values())) and classes == ["a", "b"]

@@ -185,11 +185,14 @@ def test_full_disk_and_damaged_checkpoint(interrupted_run, fails_plainly):
     assert str(path) in error and "MB are free" in error and path.read_bytes() == whole
     assert not (out / "checkpoint.pth.tmp").exists()
 
-    torch.save({"weights": torch.zeros(3)}, path)
-    for damaged in (path.read_bytes(), whole[:-1000], b"", b"hello"):
+    others, log = [], (out / "log.jsonl").read_bytes()
+    for other in ({"epoch": 1, "model": {}, "optimizer": {}}, {"epoch": 1}, torch.zeros(3)):
+        torch.save(other, path)
+        others.append(path.read_bytes())
+    for damaged in (*others, whole[:-1000], b"", b"hello"):
         path.write_bytes(damaged)
         assert f"'{path}' is " in fails_plainly(METHODS["moco_v2"], *TINY, "--out", out)
-        assert path.read_bytes() == damaged
+        assert path.read_bytes() == damaged and (out / "log.jsonl").read_bytes() == log
 
 
 def test_out_that_cannot_be_used(fails_plainly, tmp_path):
