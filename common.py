@@ -253,7 +253,8 @@ def from_rank_zero(function, *arguments):
 
 def parallelize(model, args):
     """The model to call in the training loop: compiled if --compile; in DDP if there are several
-    processes. DDP need not send buffers: queues are equal, and see `average_batchnorm`."""
+    processes. DDP need not broadcast the buffers: queues are the same on all processes, and
+    `average_batchnorm` takes care of BatchNorm."""
     if args.compile == "on":
         model.compile()
     if world_size() == 1:
@@ -776,8 +777,8 @@ def contrastive_loss(q, k, args, generator, queue=None):
 
 @torch.no_grad()
 def contrast_statistics(q, k, args, queue=None):
-    """What the log has the means of: similarities of the positives and of some negatives, whether
-    the positive ranks first, and the weight of dual temperature. Arguments as above."""
+    """Statistics whose means are logged: similarities of the positives and of some negatives,
+    whether the positive ranks first, and the weight of dual temperature. Arguments as above."""
     positive, negative = similarities(q, k, queue)
     every = math.ceil(negative.shape[1] / 1024)  # from all over the queue, for keys of all ages
     statistics = dict(
@@ -818,7 +819,7 @@ def knn_predict(features, bank, bank_labels, num_classes, k=200, temperature=0.1
     bank: float [M, D]; bank_labels: int64 [M]. Returns labels, int64 [N]."""
     features, bank = F.normalize(features, dim=1), F.normalize(bank, dim=1)
     predictions = []
-    for chunk in features.split(max(1, 2**25 // len(bank))):  # so many similarities at a time
+    for chunk in features.split(max(1, 2**25 // len(bank))):  # bounds the memory
         similarity, neighbour = (chunk @ bank.T).topk(min(k, len(bank)), dim=1)
         votes = torch.zeros(len(chunk), num_classes, device=bank.device, dtype=similarity.dtype)
         votes.scatter_add_(1, bank_labels[neighbour], (similarity / temperature).exp())

@@ -51,9 +51,9 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def momentum_update_key_encoder(self):
-        """k = m * k + (1 - m) * q. Parameters only: f_k has BatchNorm statistics of its own."""
-        keys, queries = self.encoder_k.parameters(), self.encoder_q.parameters()
-        torch._foreach_lerp_(list(keys), list(queries), 1 - self.m)
+        """f_k = m * f_k + (1 - m) * f_q, parameters only: f_k has its own BatchNorm statistics."""
+        params_k, params_q = self.encoder_k.parameters(), self.encoder_q.parameters()
+        torch._foreach_lerp_(list(params_k), list(params_q), 1 - self.m)
 
     @torch.no_grad()
     def dequeue_and_enqueue(self, keys):
@@ -138,7 +138,7 @@ class MemoryBank(nn.Module):
         return q, self.keys
 
     def momentum_update_key_encoder(self):
-        pass
+        pass  # there is no key encoder
 
     def dequeue_and_enqueue(self, keys):
         """k = normalize(m * k + (1 - m) * q) for the images of the batch."""

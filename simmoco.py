@@ -49,9 +49,9 @@ class SimMoCo(nn.Module):
 
     @torch.no_grad()
     def momentum_update_key_encoder(self):
-        """k = m * k + (1 - m) * q. Parameters only: f_k has BatchNorm statistics of its own."""
-        keys, queries = self.encoder_k.parameters(), self.encoder_q.parameters()
-        torch._foreach_lerp_(list(keys), list(queries), 1 - self.m)
+        """f_k = m * f_k + (1 - m) * f_q, parameters only: f_k has its own BatchNorm statistics."""
+        params_k, params_q = self.encoder_k.parameters(), self.encoder_q.parameters()
+        torch._foreach_lerp_(list(params_k), list(params_q), 1 - self.m)
 
     def forward(self, view1, view2, permutation=None):
         q = self.encoder_q(view1)  # queries: NxC
