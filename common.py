@@ -92,14 +92,14 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind, low, high=2**62):
     """An argparse type: an int or a float, whichever `kind` is, from `low` to `high`."""
+    limits = f"at least {low}" if high == 2**62 else f"from {low} to {high}"
 
     def parse(text):
         if not low <= kind(text) <= high:
-            raise ValueError
+            raise argparse.ArgumentTypeError(f"{text} is not {limits}")
         return kind(text)
 
-    limits = f"of at least {low}" if high == 2**62 else f"from {low} to {high}"
-    parse.__name__ = f"{kind.__name__} {limits}"  # argparse's error quotes it
+    parse.__name__ = kind.__name__  # for argparse's message, if text is not a number
     return parse
 
 
