@@ -1,11 +1,11 @@
 """What moco_v2.py, simmoco.py and simco.py share, in the order in which the data flows:
 
-    1. errors and flags    4. augmentation    7. kNN monitor
+    1. errors and flags    4. augmentation    7. monitors
     2. processes           5. network         8. run directory
     3. datasets            6. losses
 
-Papers, by the names used below: MoCo (arXiv 1911.05722), MoCo v2 (2003.04297), EqCo (2010.01929)
-and DT, "dual temperature" (2203.17248), the paper of SimMoCo and SimCo.
+Papers, by the names used below: MoCo (arXiv 1911.05722), MoCo v2 (2003.04297), EqCo (2010.01929),
+DCL (2110.06848) and DT, "dual temperature" (2203.17248), the paper of SimMoCo and SimCo.
 """
 import argparse
 import json
@@ -27,6 +27,7 @@ import torchvision
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.distributed.nn.functional import all_gather
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.resnet import BasicBlock
 from torchvision.transforms.functional import rgb_to_grayscale
@@ -129,12 +130,13 @@ def argument_parser(method, description, loss):
     add("--bn-splits", default=1, type=number(int, 1), metavar="G", help="BatchNorm over G groups")
     add("--sync-bn", action="store_true", help="BatchNorm over the images of all processes")
     add("--moco-dim", default=128, type=number(int, 1), help="dimension of queries and keys")
-    add("--loss", default=loss, choices=("infonce", "eqco", "dual"), help="dual: dual temperature")
+    add("--loss", default=loss, choices=("infonce", "eqco", "dcl", "dual"), help="see README")
     add("--moco-t", default=0.1, type=number(float, 0.02), help="temperature of the softmax")
     add("--alpha", type=number(float, 1e-6), help="--loss eqco: K negatives count as alpha of them")
     add("--dt-m", default=10.0, type=number(float, 1e-6), help="--loss dual: T_beta / T_alpha")
     add("--out", metavar="DIR", help="run directory; None: named after method and dataset")
     add("--knn-every", default=5, type=number(int, 1), metavar="N", help="epochs; and at the end")
+    add("--probe", default="query", choices=("query", "both", "off"), help="views it learns from")
     add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: a GPU if present")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of the encoders")
     add("--compile", default="auto", choices=("auto", "on", "off"), help="auto: on a GPU")
@@ -289,12 +291,17 @@ class Dataset(NamedTuple):
 
     def subset(self, count):
         """Only `count` training images: the first ones of each class, the classes in turn."""
-        labels, num_classes = self.train_labels, len(self.classes)
+        labels = self.train_labels
         require(count <= len(labels), f"--subset {count}: there are only {len(labels)} images")
-        counts = F.one_hot(labels, num_classes).cumsum(dim=0)
-        nth_of_its_class = counts.gather(1, labels[:, None]).squeeze(1)
-        keep = (nth_of_its_class * num_classes + labels).argsort()[:count].sort().values
+        keep = balanced(labels, len(self.classes), count)
         return self._replace(train_images=self.train_images[keep], train_labels=labels[keep])
+
+
+def balanced(labels, num_classes, count):
+    """The indices of the first ones of each class, the classes in turn, until there are `count`."""
+    counts = F.one_hot(labels, num_classes).cumsum(dim=0)
+    nth_of_its_class = counts.gather(1, labels[:, None]).squeeze(1)
+    return (nth_of_its_class * num_classes + labels).argsort()[:count].sort().values
 
 
 def load_data(args, device):
@@ -442,6 +449,7 @@ class Batch(NamedTuple):
     view1: Tensor  # float32 [N, 3, S, S]
     view2: Tensor
     index: Tensor  # int64 [N], which training images these are
+    labels: Tensor  # int64 [N]; for the probe only
     permutation: Tensor  # int64 [global batch], for `batch_shuffle`; None: not needed
     generator: torch.Generator  # for other draws of this step; in the same state on all processes
 
@@ -463,12 +471,13 @@ def batches(data, epoch, args):
     for step in tqdm(range(num_steps), f"epoch {epoch + 1}", leave=False, disable=hidden):
         begin = step * args.batch_size + rank() * share
         mine = slice(begin, begin + share)
-        images = data.train_images[index[mine]]
+        images, labels = data.train_images[index[mine]], data.train_labels[index[mine]]
         view1 = view_of(images, choices1.rows(mine), args.augmentation)
         view2 = view_of(images, choices2.rows(mine), args.augmentation)
         generator = seeded_generator(device, args.seed, epoch, step + 1)
         permutation = torch.rand(args.batch_size, generator=generator, device=device).argsort()
-        yield Batch(view1, view2, index[mine], permutation if several_groups else None, generator)
+        shuffle = permutation if several_groups else None
+        yield Batch(view1, view2, index[mine], labels, shuffle, generator)
 
 
 def seeded_generator(device, *numbers):
@@ -747,12 +756,24 @@ def info_nce_loss(q, k, temperature=0.1, queue=None, alpha=None, **sampling):
     return F.softplus(log_odds).mean()
 
 
+def dcl_loss(q, k, temperature=0.1, queue=None, **sampling):
+    """Decoupled contrastive learning (DCL, equation 5): the mean of M. It is InfoNCE without the
+    positive in the denominator, so without the factor 1 - p in the gradient: no query counts less
+    because it is easy. Arguments: see `info_nce_loss`."""
+    positive, negative = similarities(q, k, queue, **sampling)
+    return log_odds_against(positive, negative, temperature).mean()
+
+
 def dual_temperature_loss(q, k, temperature=0.1, dt_m=10.0, queue=None, **sampling):
     """Dual temperature (DT): the mean of w * -log p at T_alpha = `temperature`, with the weight
     w = (1 - p at T_beta) / (1 - p at T_alpha), T_beta = `dt_m` * T_alpha, through which no gradient
-    flows. dt_m = 1 is InfoNCE, whose gradient (1 - p) grad M vanishes for easy queries, p near 1:
-    the weight replaces this 1 - p by the larger one at T_beta.
-    q, k, queue, and in `sampling` num_negatives and generator: see `similarities`."""
+    flows. The gradient is DCL's, weighted by how hard a query is at T_beta (1 - p = sigmoid(M)):
+
+        grad softplus(M) = sigmoid(M) grad M = (1 - p at T_alpha) grad M          InfoNCE
+        grad w softplus(M) = w (1 - p at T_alpha) grad M = (1 - p at T_beta) grad M
+
+    So dt_m = 1 is InfoNCE, whose gradient vanishes for easy queries, p near 1; at T_beta > T_alpha
+    1 - p is larger. Other arguments: see `info_nce_loss`."""
     positive, negative = similarities(q, k, queue, **sampling)
     log_odds = log_odds_against(positive, negative, temperature)
     weight = dual_temperature_weight(positive, negative, log_odds, temperature * dt_m)
@@ -770,6 +791,8 @@ def contrastive_loss(q, k, args, generator, queue=None):
     """The loss that --loss names. q, k, generator, queue: see `similarities`."""
     num_negatives = getattr(args, "num_negatives", None)
     sampling = dict(num_negatives=num_negatives, generator=generator)
+    if args.loss == "dcl":
+        return dcl_loss(q, k, args.moco_t, queue, **sampling)
     if args.loss == "dual":
         return dual_temperature_loss(q, k, args.moco_t, args.dt_m, queue, **sampling)
     return info_nce_loss(q, k, args.moco_t, queue, args.alpha, **sampling)  # EqCo: with alpha
@@ -794,20 +817,73 @@ def contrast_statistics(q, k, args, queue=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. kNN monitor
+# 7. Monitors: the linear probe learns along; the others look at frozen features now and then
+
+
+class Probe:
+    """The DT authors' metric: a linear classifier that learns online, by the labels of the batch,
+    from the backbone's features of the augmented views, in train mode. SGD with momentum 0.9, no
+    weight decay, lr 0.3 for any batch size, with the network's warm-up and schedule. The features
+    are detached, and the classifier has its own optimizer: the network trains as it would without.
+
+    --probe query: it learns from the views that pass through the backbone anyway, which is one in
+    MoCo v2 and SimMoCo. both: the second view passes as well, as in the authors' code."""
+
+    def __init__(self, args, backbone, num_classes, device):
+        self.args, self.backbone, self.features = args, backbone, []
+        self.classifier = nn.Linear(backbone.num_features, num_classes).to(device)
+        self.optimizer = torch.optim.SGD(self.classifier.parameters(), lr=0.3, momentum=0.9)
+        self.loss_of = torch.compile(self.loss) if args.compile == "on" else self.loss
+        if args.probe != "off":
+            backbone.register_forward_hook(self.keep_features)
+
+    def keep_features(self, backbone, images, features):
+        if backbone.training:
+            self.features.append(features.detach())  # [N, D]
+
+    def loss(self, features, labels):
+        """The mean cross-entropy of one or two views: a list of [N, D], with labels int64 [N]."""
+        logits = self.classifier(torch.cat(features).float())
+        return F.cross_entropy(logits, labels.repeat(len(features)))
+
+    def step(self, batch):
+        """Learn from a batch. To be called before the optimizer changes the network."""
+        if self.args.probe == "off":
+            return
+        if self.args.probe == "both" and len(self.features) == 1:
+            # BatchNorm updates running statistics in its forward pass: here, copies of them.
+            buffers = {name: buffer.clone() for name, buffer in self.backbone.named_buffers()}
+            with torch.no_grad(), autocast(self.args):
+                functional_call(self.backbone, buffers, batch.view2)
+        self.optimizer.zero_grad()
+        self.loss_of(self.features, batch.labels).backward()
+        self.features.clear()
+        for parameter in self.classifier.parameters():
+            all_reduce_sum(parameter.grad).div_(world_size())
+        self.optimizer.step()
+
+    def state_dict(self):
+        return dict(classifier=self.classifier.state_dict(), optimizer=self.optimizer.state_dict())
+
+    def load_state_dict(self, state):
+        self.classifier.load_state_dict(state["classifier"])
+        self.optimizer.load_state_dict(state["optimizer"])
 
 
 @torch.no_grad()
 def extract_features(backbone, images, args, batch_size=1024):
-    """Features in eval mode, float32 [N, D], of uint8 images [N, S, S, 3], not augmented. Each
-    process computes a part; all of them return the whole."""
+    """Features in eval mode, float32 [N, D], of images uint8 [N, S, S, 3], not augmented, or of
+    views float [N, 3, S, S]. Each process computes a part; all of them return the whole."""
     was_training = backbone.training
     backbone.eval()
     features = torch.zeros(len(images), backbone.num_features, device=images.device)
     chunks = torch.arange(len(images), device=images.device).split(batch_size)
     for chunk in chunks[rank() :: world_size()]:
+        views = images[chunk]
+        if views.dtype == torch.uint8:
+            views = normalize(to_float(views))
         with autocast(args):
-            features[chunk] = backbone(normalize(to_float(images[chunk]))).float()
+            features[chunk] = backbone(views).float()
     backbone.train(was_training)
     return all_reduce_sum(features)  # the rows of other processes are zero here
 
@@ -827,12 +903,52 @@ def knn_predict(features, bank, bank_labels, num_classes, k=200, temperature=0.1
     return torch.cat(predictions)
 
 
-def knn_accuracy(backbone, data, args):
-    """Top-1 accuracy on the test set in percent. The bank is the training set."""
+@torch.no_grad()
+def monitor(backbone, probe, data, args):
+    """What is logged every few epochs, as a dict: top-1 accuracy in percent on the test set, of kNN
+    (its bank is the training set) and of the probe, and statistics of the features."""
     bank = extract_features(backbone, data.train_images, args)
     features = extract_features(backbone, data.test_images, args)
-    predicted = knn_predict(features, bank, data.train_labels, len(data.classes))
-    return 100 * (predicted == data.test_labels).double().mean().item()
+    knn = knn_predict(features, bank, data.train_labels, len(data.classes))
+    probed = probe.classifier(features).argmax(dim=1)
+    accuracies = [100 * (x == data.test_labels).double().mean().item() for x in (knn, probed)]
+    # Two views of 500 images from all over the test set; the same views each time, in all runs.
+    images = data.test_images[:: math.ceil(len(data.test_images) / 500)]
+    generator = seeded_generator(images.device, 0)
+    views = []
+    for _ in range(2):
+        choices = draw_choices(len(images), images.shape[1], generator, args.augmentation)
+        view = augment(images, choices, args.augmentation)
+        views.append(F.normalize(extract_features(backbone, view, args), dim=1))
+    return dict(
+        knn_top1=accuracies[0],
+        probe_top1=accuracies[1] if args.probe != "off" else None,
+        alignment=alignment(*views).item(),
+        uniformity=uniformity(views[0]).item(),
+        effective_rank=effective_rank(features).item(),
+        feature_std=F.normalize(features, dim=1).std(dim=0).mean().item(),
+    )
+
+
+def alignment(x, y):
+    """The mean squared distance of the two views of an image (Wang and Isola, arXiv 2005.10242).
+    x, y: float [N, D], L2-normalised, row i of y the other view of row i of x. 0: they coincide."""
+    return (x - y).square().sum(dim=1).mean()
+
+
+def uniformity(x, t=2):
+    """The logarithm of the mean of e^(-t d^2), d the distance of two rows of x (Wang and Isola).
+    x: float [N, D], L2-normalised. 0: all coincide; the lower, the more evenly they are spread."""
+    return torch.pdist(x).square().mul(-t).exp().mean().log()
+
+
+def effective_rank(x):
+    """RankMe (Garrido et al., arXiv 2210.02885): e^H, H the entropy of the singular values of x
+    [N, D], scaled to sum to 1. 1: all rows are multiples of one; D: no direction is rare."""
+    squares = torch.linalg.eigvalsh((x.double().T @ x.double()).cpu())  # D x D: faster than an SVD
+    singular_values = squares.clamp(min=0).sqrt()
+    p = singular_values / singular_values.sum() + 1e-7  # so that log 0 is never asked for
+    return (-p * p.log()).sum().exp()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -841,11 +957,13 @@ def knn_accuracy(backbone, data, args):
 SECONDS_BETWEEN_CHECKPOINTS = 60
 
 
-def adjust_learning_rate(optimizer, epoch, args):
+def adjust_learning_rate(optimizer, epoch, args, peak=None):
     """Set the learning rate of an epoch (0-based) as the DT authors do: a linear warm-up from 0.003
-    to lr * batch_size / 256, then a cosine to 0; or, with --schedule step, a tenth from 60 % and a
-    hundredth from 80 % of the epochs on (MoCo v1)."""
-    peak, start, warmup = args.lr * args.batch_size / 256, 0.003, args.warmup_epochs
+    to `peak`, by default lr * batch_size / 256, then a cosine to 0; or, with --schedule step, a
+    tenth from 60 % and a hundredth from 80 % of the epochs on (MoCo v1)."""
+    start, warmup = 0.003, args.warmup_epochs
+    if peak is None:
+        peak = args.lr * args.batch_size / 256
     if warmup is None:
         warmup = min(10, args.epochs // 20)
     if epoch < warmup:
@@ -913,6 +1031,7 @@ class Run:
         self.args, self.path, self.data = args, Path(args.out), data
         self.model, self.optimizer, self.backbone = model, optimizer, backbone
         self.device, self.saved_at = data.train_images.device, -math.inf
+        self.probe = Probe(args, backbone, len(data.classes), self.device)
         cached = " --cached" if self.device.type == "cpu" else ""
         self.next_command = f"Next: python linear_eval.py {self.path}{cached}"
         checkpoint = from_rank_zero(self.open)
@@ -922,8 +1041,9 @@ class Run:
         if self.start_epoch > 0:
             self.load(checkpoint)
         else:  # the untrained network, to see how much is learnt
-            self.log(dict(epoch=0, loss=None, lr=None, knn_top1=knn_accuracy(backbone, data, args)))
-        self.begin_epoch()
+            entry = dict(epoch=0, loss=None, lr=None)
+            self.log(dict(entry, **monitor(backbone, self.probe, data, args)))
+        self.begin_epoch(self.start_epoch)
 
     def open(self):
         """Check what is in the directory and begin to write. Returns the checkpoint to resume from;
@@ -933,6 +1053,7 @@ class Run:
         args, path, flags = self.args, self.path, self.path / "args.json"
         if flags.exists():
             theirs, ours, differences = read_json(flags), vars(args), []
+            theirs.setdefault("probe", "off")  # a run from before there was one
             for name in sorted((theirs.keys() | ours.keys()) - set(MACHINE_FLAGS)):
                 if theirs.get(name) != ours.get(name):
                     differences.append(f"{name} {theirs.get(name)} (now {ours.get(name)})")
@@ -971,8 +1092,11 @@ class Run:
     def load(self, checkpoint):
         self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
+        if self.args.probe != "off":
+            self.probe.load_state_dict(checkpoint["probe"])
 
-    def begin_epoch(self):
+    def begin_epoch(self, epoch):
+        adjust_learning_rate(self.probe.optimizer, epoch, self.args, peak=0.3)
         self.started, self.step = time.perf_counter(), 0
         self.loss_sum = torch.zeros((), device=self.device)
 
@@ -994,9 +1118,9 @@ class Run:
         where = f"epoch {finished}, at lr {lr:.4g} in {args.precision}; a lower --lr may help"
         require(math.isfinite(loss), f"the loss became {loss} in {where}")
         average_batchnorm(self.model)
-        entry = dict(epoch=finished, loss=loss, lr=lr, knn_top1=None)
+        entry = dict(epoch=finished, loss=loss, lr=lr, knn_top1=None, probe_top1=None)
         if finished % args.knn_every == 0 or finished == args.epochs:
-            entry["knn_top1"] = knn_accuracy(self.backbone, self.data, args)
+            entry.update(monitor(self.backbone, self.probe, self.data, args))
         # An image counts once, though it has two views.
         entry["images_per_second"] = self.step * args.batch_size / training_seconds
         entry["seconds"] = time.perf_counter() - self.started
@@ -1005,11 +1129,13 @@ class Run:
         if rank() == 0 and (is_old or finished == args.epochs):
             state = dict(epoch=finished, model=self.model.state_dict())
             state["optimizer"] = self.optimizer.state_dict()
+            if args.probe != "off":
+                state["probe"] = self.probe.state_dict()
             write_atomically(self.path / "checkpoint.pth", lambda path: torch.save(state, path))
             self.saved_at = time.perf_counter()
             if finished == args.epochs:
                 print(f"finished. {self.next_command}", flush=True)
-        self.begin_epoch()
+        self.begin_epoch(finished)
 
     def log(self, entry):
         """Print an epoch, and write it to TensorBoard and log.jsonl."""
@@ -1026,10 +1152,14 @@ class Run:
             mean, std = (torch.tensor(x, device=self.device)[:, None, None] for x in (MEAN, STD))
             grid = torchvision.utils.make_grid((self.views * std + mean).clamp(0, 1))
             board.add_image("first and second views", grid, epoch)
-        if entry["knn_top1"] is not None:
-            text += f"  kNN {entry['knn_top1']:.2f} %"
+        for name, title in (("knn_top1", "kNN"), ("probe_top1", "probe")):
+            if entry[name] is not None:
+                text += f"  {title} {entry[name]:.2f} %"
         print(f"epoch {epoch:3d}/{self.args.epochs}{text}", flush=True)
-        groups = dict(loss="train", lr="train", knn_top1="knn", images_per_second="speed")
+        groups = dict(loss="train", lr="train", images_per_second="speed")
+        groups.update(knn_top1="accuracy", probe_top1="accuracy")
+        for name in ("alignment", "uniformity", "effective_rank", "feature_std"):
+            groups[name] = "features"
         for name, value in entry.items():
             if value is not None and name not in ("epoch", "seconds"):
                 board.add_scalar(f"{groups.get(name, 'contrast')}/{name}", value, epoch)

@@ -67,6 +67,7 @@ def main():
                 q1, q2 = parallel_model(batch.view1, batch.view2)  # NxC each, L2-normalised
             loss = contrastive_loss(q1, q2, args, batch.generator)
             loss = 0.5 * (loss + contrastive_loss(q2, q1, args, batch.generator))
+            run.probe.step(batch)  # learns on the side: training does not notice
 
             optimizer.zero_grad()
             loss.backward()

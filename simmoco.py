@@ -85,6 +85,7 @@ def main():
                 with autocast(args):
                     q2, k1 = parallel_model(batch.view2, batch.view1, batch.permutation)
                 loss = 0.5 * (loss + contrastive_loss(q2, k1, args, batch.generator))
+            run.probe.step(batch)  # learns on the side: training does not notice
 
             optimizer.zero_grad()
             loss.backward()

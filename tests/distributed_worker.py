@@ -19,6 +19,8 @@ def compute(method):
     model = getattr(METHODS[method], MODELS[method])(args)
     for encoder in model.children():
         encoder.double()  # so that only the losses have the rounding of float32
+    backbone = model.encoder.backbone if method == "simco" else model.encoder_q.backbone
+    probe = common.Probe(args, backbone, 10, torch.device("cpu"))
     torch.manual_seed(common.rank())  # from here on, nothing may depend on the global generator
     # Eval mode: the BatchNorm statistics of a batch depend on how it is split.
     parallel_model = common.parallelize(model, args).eval()
@@ -33,10 +35,13 @@ def compute(method):
         if method == "simco":
             loss = 0.5 * (loss + common.contrastive_loss(k, q, args, batch.generator))
         loss.backward()
+        probe.features = [backbone(views[0]).detach()]  # in eval mode, it keeps none itself
+        probe.step(batch)
         if method == "moco_v2":
             model.dequeue_and_enqueue(k)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    return dict(views=torch.stack(views), loss=loss.detach(), gradients=gradients, queue=queue)
+    results = dict(gradients=gradients, queue=queue, probe=probe.classifier.weight.detach())
+    return dict(views=torch.stack(views), loss=loss.detach(), **results)
 
 
 def compute_all():

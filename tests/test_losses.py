@@ -7,13 +7,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import contrast_statistics, dual_temperature_loss, info_nce_loss, similarities
+from common import (
+    contrast_statistics,
+    dcl_loss,
+    dual_temperature_loss,
+    info_nce_loss,
+    log_odds_against,
+    similarities,
+)
 
-# InfoNCE, EqCo (with alpha) and dual temperature (with dt_m).
-LOSSES = ({}, {"alpha": 1}, {"alpha": 256}, {"dt_m": 1}, {"dt_m": 3}, {"dt_m": 10})
+# InfoNCE, EqCo (with alpha), dual temperature (with dt_m) and DCL.
+LOSSES = ({}, {"alpha": 1}, {"alpha": 256}, {"dt_m": 1}, {"dt_m": 3}, {"dt_m": 10}, {"dcl": True})
 
 
 def loss_of(flags, temperature, q, k, queue=None, **sampling):
+    if "dcl" in flags:
+        return dcl_loss(q, k, temperature, queue=queue, **sampling)
     loss = dual_temperature_loss if "dt_m" in flags else info_nce_loss
     return loss(q, k, temperature, queue=queue, **flags, **sampling)
 
@@ -26,11 +35,14 @@ def numpy_similarities(q, k, queue=None):
     return similarity.diagonal(), similarity[others].reshape(len(q), -1)
 
 
-def numpy_losses(positive, negative, temperature, alpha=None, dt_m=1):
+def numpy_losses(positive, negative, temperature, alpha=None, dt_m=1, dcl=False):
     """[N], where p = e^(s_pos/T) / (e^(s_pos/T) + sum_neg e^(s_neg/T)) = 1 / (1 + odds). The odds
-    do not underflow in float64 for T >= 0.02. For EqCo, K negatives count as alpha."""
+    do not underflow in float64 for T >= 0.02. For EqCo, K negatives count as alpha. DCL leaves the
+    positive out of the denominator of p."""
     gap = negative - positive[:, None]
     odds, odds_beta = (np.exp(gap / t).sum(axis=1) for t in (temperature, temperature * dt_m))
+    if dcl:
+        return np.log(odds)
     weight = odds_beta / (1 + odds_beta) / (odds / (1 + odds))  # (1 - p_beta) / (1 - p_alpha)
     if alpha is not None:
         odds = odds * alpha / negative.shape[1]
@@ -59,7 +71,9 @@ def assert_agree_with_formulas(temperature, inputs, tolerance, first=0):
         leaves = [x.clone().requires_grad_() for x in inputs]
         loss = loss_of(flags, temperature, *leaves)
         loss.backward()
-        assert loss.item() == pytest.approx(formula(*arrays), rel=tolerance)
+        # DCL has no lower bound: it may be near 0 as a difference of numbers that are not.
+        absolute = tolerance if "dcl" in flags else 0
+        assert loss.item() == pytest.approx(formula(*arrays), rel=tolerance, abs=absolute)
         for i in range(first, len(inputs)):
             expected = complex_step(formula, arrays, i)
             assert abs(leaves[i].grad.numpy() - expected).max() <= tolerance * abs(expected).max()
@@ -105,6 +119,21 @@ def test_is_info_nce(kind, flags):
     gradients = [torch.autograd.grad(loss, inputs) for loss in losses]
     for ours, info_nce in (losses, *zip(*gradients)):
         torch.testing.assert_close(ours, info_nce, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dt_m", [1, 3, 10])
+@pytest.mark.parametrize("kind", ["random", "near 1"])
+def test_dual_temperature_is_dcl_weighted_by_how_hard_a_query_is(kind, dt_m):
+    """Of each query alone: its gradient is (1 - p at T_beta) times that of DCL."""
+    q, k = (x.requires_grad_() for x in embeddings(kind, 16))
+    positive, negative = similarities(q, k)
+    p = torch.cat([positive[:, None], negative], dim=1).div(0.1 * dt_m).softmax(dim=1)[:, 0]
+    log_odds = log_odds_against(positive, negative, 0.1)
+    weighted = ((1 - p).detach() * log_odds).mean()
+    losses = dual_temperature_loss(q, k, 0.1, dt_m), weighted
+    for ours, theirs in zip(*(torch.autograd.grad(loss, (q, k)) for loss in losses)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(dcl_loss(q, k, 0.1), log_odds.mean(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

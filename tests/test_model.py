@@ -63,14 +63,18 @@ def test_knn_holds_few_similarities_at_once(monkeypatch):
     assert sizes == [32, 32, 6]
 
 
-def test_knn_monitor_counts_right_predictions():
+def test_monitor_counts_right_predictions():
     train, test = torch.arange(300) % 10, torch.arange(50) % 10
     images = [255 * nn.functional.one_hot(x, 48).view(-1, 4, 4, 3).byte() for x in (train, test)]
     test[:5] = 9 - test[:5]  # wrong
     data = common.Dataset(images[0], train, images[1], test, list("abcdefghij"))
     backbone = nn.Flatten()
     backbone.num_features = 48
-    assert common.knn_accuracy(backbone, data, ARGS) == 90
+    probe = common.Probe(ARGS, backbone, 10, torch.device("cpu"))
+    prototypes = common.extract_features(backbone, data.train_images[:10], ARGS)
+    probe.classifier.load_state_dict(dict(weight=prototypes, bias=torch.zeros(10)))
+    measured = common.monitor(backbone, probe, data, ARGS)
+    assert (measured["knn_top1"], measured["probe_top1"]) == (90, 90)
 
 
 def test_features_are_of_the_eval_mode_and_leave_the_backbone_alone():

@@ -30,7 +30,8 @@ def assert_same_bits(a, b):
     """Of two run directories: weights, buffers and momenta, and what the log says of learning."""
     torch.testing.assert_close(weights(a), weights(b), rtol=0, atol=0)
     for ours, theirs in zip(log_of(a), log_of(b), strict=True):
-        assert [ours[name] == theirs[name] for name in ("epoch", "loss", "knn_top1")] == [True] * 3
+        for name in ours.keys() - {"images_per_second", "seconds"}:
+            assert ours[name] == theirs[name], name
 
 
 @pytest.fixture
@@ -65,8 +66,13 @@ def test_what_a_run_writes(method, tiny_run, capsys):
     names = {"epoch", "loss", "lr", "knn_top1", "images_per_second", "seconds"}
     names |= {"positive_similarity", "negative_similarity", "positive_ranks_first"}
     names |= {"dual_temperature_weight"} if method != "moco_v2" else set()
+    features = {"alignment", "uniformity", "effective_rank", "feature_std"}
+    names |= {"probe_top1"}
     assert [entry["epoch"] for entry in log] == [0, 1, 2] and log[0]["loss"] is None
-    assert log[0]["knn_top1"] >= 0 and log[1].keys() == log[2].keys() == names
+    assert log[0]["knn_top1"] >= 0 and log[0]["probe_top1"] >= 0
+    assert log[1].keys() == names and log[1]["knn_top1"] is log[1]["probe_top1"] is None
+    names |= features  # those, too, are measured now and then
+    assert log[2].keys() == names
     board = EventAccumulator(str(out)).Reload()
     curves = {tag.split("/")[1]: board.Scalars(tag) for tag in board.Tags()["scalars"]}
     assert curves.keys() == names - {"epoch", "seconds"}
@@ -129,6 +135,21 @@ def test_interrupted_run_ends_with_the_same_bits(command, tiny_run, interrupted_
     (out / "checkpoint.pth.tmp").write_bytes(b"half a checkpoint")
     torch.manual_seed(99)  # the global generator has no part in it
     tiny_run(method, *flags, "--out", out)
+    assert_same_bits(whole, out)
+
+
+def test_a_run_from_before_the_probe(tiny_run, interrupted_run, fails_plainly):
+    """Its directory does not mention a probe. It resumes without one, if that is asked for."""
+    flags = ["--epochs", "4", "--probe", "off"]
+    whole, out = tiny_run("simco", *flags), interrupted_run(6, "simco", *flags)
+    args = json.loads((out / "args.json").read_text())
+    assert args.pop("probe") == "off"
+    (out / "args.json").write_text(json.dumps(args))
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    error = fails_plainly(simco, *TINY, "--epochs", "4", "--out", out)
+    assert "probe off (now query)" in error
+    assert before == {path: path.read_bytes() for path in out.iterdir()}
+    tiny_run("simco", *flags, "--out", out)
     assert_same_bits(whole, out)
 
 
@@ -205,7 +226,7 @@ def test_out_that_cannot_be_used(fails_plainly, tmp_path):
 
 @pytest.mark.parametrize("where, count", [(4, 4), ("two machines", 2)])
 def test_processes_compute_the_gradient_of_one(where, count, tmp_path):
-    """The same global batch on several processes as on one: views, loss, gradients and queue."""
+    """The global batch is the same as on one: views, loss, gradients, queue, and the probe."""
     start_script(where, ROOT / "tests" / "distributed_worker.py", tmp_path)
     parts = [torch.load(path) for path in sorted(tmp_path.iterdir())]
     assert len(parts) == count
@@ -219,8 +240,9 @@ def test_processes_compute_the_gradient_of_one(where, count, tmp_path):
                 # Small entries are differences of large ones, and inherit their rounding.
                 error = (share["gradients"][name] - gradient).abs().max()
                 assert error <= 1e-5 * gradient.abs().max(), name
-            torch.testing.assert_close(share["queue"], one["queue"], rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(share["queue"], shares[0]["queue"], rtol=0, atol=0)
+            for name in ("queue", "probe"):
+                torch.testing.assert_close(share[name], one[name], rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(share[name], shares[0][name], rtol=0, atol=0)
 
 
 DIES_ONCE = """

@@ -30,6 +30,8 @@ def plain_weight(positive, negative, args):
 
 
 def plain_loss(positive, negative, args):
+    if args.loss == "dcl":  # the DCL paper: no positive in the denominator
+        return ((negative / args.moco_t).exp().sum(dim=1).log() - positive / args.moco_t).mean()
     weight = plain_weight(positive, negative, args) if args.loss == "dual" else 1
     if args.loss == "eqco":  # the EqCo paper: a margin on the positive
         positive = positive - args.moco_t * math.log(args.alpha / negative.shape[1])
@@ -63,6 +65,7 @@ def assert_same_state(model, state, queue):
         ("simco", ""),
         ("simco", "--dt-m 3 --moco-t 0.2"),
         ("simco", "--loss infonce"),
+        ("simco", "--loss dcl"),
         ("simmoco", ""),
         ("simmoco", "--symmetric --moco-m 0.5"),
         ("simmoco", "--loss eqco --alpha 256"),
