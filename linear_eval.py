@@ -3,15 +3,17 @@
     python linear_eval.py RUN_DIR                # train a linear classifier, write result.json
     python linear_eval.py RUN_DIR --cached       # on features computed once, without crops: faster
     python linear_eval.py RUN_DIR --untrained    # the network before training: the floor
+    python linear_eval.py RUN_DIR --labels-per-class 1 10 100 all    # how many labels are enough
     python linear_eval.py RUN_DIR --export FILE  # write the backbone for torchvision's resnet18
     python linear_eval.py --table runs/          # Markdown tables of all runs below a directory
     python linear_eval.py --checkpoint FILE --dataset cifar100    # of other code, see PREFIXES
 
 Linear classifiers with a grid of learning rates are trained by SGD (momentum 0.9, no weight decay,
 cosine schedule) on randomly cropped and flipped images. The learning rate is chosen on a held-out
-tenth (5000 of 50 000 or more) of the training images, and used to train once more, on all of them.
-That classifier is evaluated once on the test set.
+tenth (5000 of 50 000 or more) of the training images, by their cross-entropy. With it, a classifier
+is trained on all of them and evaluated once on the test set.
 """
+import itertools
 import json
 import statistics
 import time
@@ -43,6 +45,8 @@ def arguments():
     add("--export", metavar="FILE", help="only write the backbone's state dict, to this new file")
     add("--cached", action="store_true", help="compute the features once, without crops and flips")
     add("--untrained", action="store_true", help="evaluate the network as it was before training")
+    labels = dict(nargs="+", type=number_or_all, metavar="N")
+    add("--labels-per-class", **labels, help="use N training images of each class; or all")
     add("--epochs", default=100, type=number(int, 1), help="of each of the two trainings")
     add("--batch-size", default=256, type=number(int, 1), help="images per step")
     grid = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
@@ -54,14 +58,29 @@ def arguments():
     return parser
 
 
-def train_linear(features_of, labels, num_classes, num_features, args, index, learning_rates):
+def number_or_all(text):
+    return text if text == "all" else number(int, 1)(text)
+
+
+def extract_features(backbone, data, args):
+    """The Dataset with features, float32 [N, D], in place of its images. Freezes the backbone."""
+    backbone.requires_grad_(False).eval()
+    train = common.extract_features(backbone, data.train_images, args)
+    test = common.extract_features(backbone, data.test_images, args)
+    return data._replace(train_images=train, test_images=test)
+
+
+def train_linear(features, index, learning_rates, args, features_of=None):
     """Train a linear classifier for each learning rate, all at once, as one wide linear layer.
 
-    features_of: function of indices int64 [B] and a torch.Generator -> float [B, num_features].
-    labels: int64 [N]. index: int64 [M], which images to train on. Returns the wide nn.Linear.
+    features: see `extract_features`. index: int64 [M], which training images to learn from.
+    features_of: function of indices int64 [B] and a torch.Generator -> float [B, D]; by default it
+    looks them up in `features`. Returns the wide nn.Linear.
     """
-    num_rates, batch_size = len(learning_rates), min(args.batch_size, len(index))
-    heads = nn.Linear(num_features, num_rates * num_classes).to(labels.device)
+    labels, num_rates = features.train_labels, len(learning_rates)
+    batch_size = min(args.batch_size, len(index))
+    heads = nn.Linear(features.train_images.shape[1], num_rates * len(features.classes))
+    heads.to(labels.device)
     nn.init.zeros_(heads.weight)
     nn.init.zeros_(heads.bias)
     # SGD without weight decay on c * loss is SGD on the loss with c times the learning rate. So one
@@ -74,65 +93,104 @@ def train_linear(features_of, labels, num_classes, num_features, args, index, le
     for _ in trange(args.epochs, desc="linear", leave=False, disable=common.rank() > 0 or None):
         order = torch.randperm(len(index), generator=generator)[: steps * batch_size]
         for batch in index[order.to(index.device)].split(batch_size):
-            logits = heads(features_of(batch, generator)).view(batch_size, num_rates, num_classes)
-            target = labels[batch, None].expand(-1, num_rates)
-            losses = F.cross_entropy(logits.transpose(1, 2), target, reduction="none").mean(dim=0)
+            x = features_of(batch, generator) if features_of else features.train_images[batch]
             optimizer.zero_grad()
-            (losses * scale).sum().backward()
+            (cross_entropies(heads, x, labels[batch], num_rates) * scale).sum().backward()
             optimizer.step()
             schedule.step()
     return heads.requires_grad_(False)
 
 
-def accuracies(heads, features, labels, num_classes, top=1):
-    """Top-`top` accuracy in percent of each classifier in the wide layer: list of float."""
-    logits = heads(features).view(len(features), -1, num_classes)
-    best = logits.topk(min(top, num_classes), dim=2).indices
-    correct = (best == labels[:, None, None]).any(dim=2).sum(dim=0)
-    return [100 * count / len(labels) for count in correct.tolist()]
+def cross_entropies(heads, x, labels, num_rates):
+    """The mean cross-entropy of each classifier in the wide layer, [num_rates], for x [N, D]."""
+    logits = heads(x).view(len(x), num_rates, -1).transpose(1, 2)
+    target = labels[:, None].expand(-1, num_rates)
+    return F.cross_entropy(logits, target, reduction="none").mean(dim=0)
 
 
-def evaluate(backbone, data, args):
-    """The protocol above. Returns the features of the test images, and a dict for result.json."""
-    backbone.requires_grad_(False).eval()
-    labels, num_classes, num_features = data.train_labels, len(data.classes), backbone.num_features
-    image_size = data.train_images.shape[1]
-    train_features = common.extract_features(backbone, data.train_images, args)
-    test_features = common.extract_features(backbone, data.test_images, args)
+def accuracy(classifier, x, labels, top=1):
+    """Top-`top` accuracy in percent of a linear classifier, for x [N, D]."""
+    best = classifier(x).topk(min(top, classifier.out_features), dim=1).indices
+    return 100 * (best == labels[:, None]).any(dim=1).sum().item() / len(labels)
+
+
+def evaluate(backbone, data, features, args):
+    """The protocol above; `features`: see `extract_features`. Returns a dict for result.json."""
+    labels, image_size = data.train_labels, data.train_images.shape[1]
 
     def features_of(index, generator):
-        if args.cached:
-            return train_features[index]
         box = common.draw_boxes(len(index), image_size, generator)
         flip = torch.rand(len(index), generator=generator) < 0.5
         mine = slice(common.rank(), None, common.world_size())  # this process's part of the batch
         box_and_flip = [parameter[mine].to(index.device) for parameter in (*box, flip)]
         images = common.to_float(data.train_images[index[mine]])
-        features = torch.zeros(len(index), num_features, device=index.device)
+        x = torch.zeros(len(index), backbone.num_features, device=index.device)
         with common.autocast(args):
             images = common.random_resized_crop_flip(images, *box_and_flip, image_size)
-            features[mine] = backbone(common.normalize(images)).float()
-        return common.all_reduce_sum(features)  # the rows of other processes are zero here
+            x[mine] = backbone(common.normalize(images)).float()
+        return common.all_reduce_sum(x)  # the rows of other processes are zero here
 
-    train = partial(train_linear, features_of, labels, num_classes, num_features, args)
+    train = partial(train_linear, features, args=args)
+    if not args.cached:
+        train = partial(train, features_of=features_of)
     generator = torch.Generator().manual_seed(args.seed)
     shuffled = torch.randperm(len(labels), generator=generator).to(labels.device)
     num_held_out = 5000 if len(labels) >= 50_000 else max(1, len(labels) // 10)
     held_out, rest = shuffled[:num_held_out], shuffled[num_held_out:]
     heads = train(rest, args.lrs)
-    held_out_top1 = accuracies(heads, train_features[held_out], labels[held_out], num_classes)
-    best = args.lrs[held_out_top1.index(max(held_out_top1))]
+    x, y = features.train_images[held_out], labels[held_out]
+    # Not by accuracy: with 1000 images that is too coarse to tell one learning rate from the next.
+    held_out_loss = cross_entropies(heads, x, y, len(args.lrs)).nan_to_num(torch.inf).tolist()
+    best = args.lrs[held_out_loss.index(min(held_out_loss))]
     classifier = train(shuffled, [best])
-    knn = common.knn_predict(test_features, train_features, labels, num_classes)
+    test, y = features.test_images, data.test_labels
+    knn = common.knn_predict(test, features.train_images, labels, len(data.classes))
     protocol = {name: getattr(args, name) for name in ("epochs", "batch_size", "cached", "seed")}
-    return test_features, dict(
-        linear_top1=accuracies(classifier, test_features, data.test_labels, num_classes)[0],
-        linear_top5=accuracies(classifier, test_features, data.test_labels, num_classes, top=5)[0],
-        knn_top1=100 * (knn == data.test_labels).double().mean().item(),
+    protocol.update(held_out=num_held_out, chosen_by="cross-entropy", precision=args.precision)
+    return dict(
+        linear_top1=accuracy(classifier, test, y),
+        linear_top5=accuracy(classifier, test, y, top=5),
+        knn_top1=100 * (knn == y).double().mean().item(),
         linear_lr=best,
-        held_out_top1=dict(zip(map(str, args.lrs), held_out_top1)),
-        protocol=dict(protocol, held_out=num_held_out, precision=args.precision),
+        held_out_loss=dict(zip(map(str, args.lrs), held_out_loss)),
+        protocol=protocol,
     )
+
+
+def evaluate_few_labels(backbone, data, args):
+    """For --labels-per-class: {N: top-1 accuracies in percent, for five draws of N images of each
+    class}. On cached features, with the learning rate that is best for all labels."""
+    labels, num_classes = data.train_labels, len(data.classes)
+    fewest = labels.bincount(minlength=num_classes).min().item()
+    for count in args.labels_per_class:
+        enough = count == "all" or count <= fewest
+        require(enough, f"--labels-per-class {count}: there is a class of {fewest} training images")
+    args = Namespace(**{**vars(args), "cached": True})
+    features = extract_features(backbone, data, args)
+    rate = evaluate(backbone, data, features, args)["linear_lr"]
+    top1 = {count: [] for count in args.labels_per_class}
+    for count, args.seed in itertools.product(top1, range(5)):
+        generator = torch.Generator().manual_seed(args.seed)
+        order = torch.randperm(len(labels), generator=generator).to(labels.device)
+        size = len(labels) if count == "all" else count * num_classes
+        index = order[common.balanced(labels[order], num_classes, size)]
+        classifier = train_linear(features, index, [rate], args)
+        top1[count].append(accuracy(classifier, features.test_images, data.test_labels))
+    return top1
+
+
+def compare_few_labels(backbone, seed, data, args):
+    """Print a line for each N of --labels-per-class, beside the untrained network. Returns both."""
+    start = untrained(seed, backbone.num_features // 8, backbone.conv1.padding[0])
+    start.to(data.train_images.device, memory_format=torch.channels_last)
+    networks = dict(trained=backbone, untrained=start)
+    top1 = {name: evaluate_few_labels(networks[name], data, args) for name in networks}
+    if common.rank() == 0:
+        print("labels per class        trained      untrained")
+        for count in args.labels_per_class:
+            words = [in_words(top1[name][count]) for name in networks]
+            print(f"{count:>16}{words[0]:>15}{words[1]:>15}")
+    return top1
 
 
 # Prefixes of the backbone in checkpoints of this project, MoCo's CIFAR demo (which numbers the
@@ -177,6 +235,12 @@ def read_args(path):
     return Namespace(**run_args)
 
 
+def untrained(seed, width, stem_padding):
+    """The backbone as it was before training: the scripts draw it first."""
+    torch.manual_seed(seed)
+    return common.resnet18(width, stem_padding)
+
+
 def load(args):
     """The backbone that the flags name, its epoch, and a Namespace with the flags of its data."""
     for path in map(Path, filter(None, (args.json, args.export))):
@@ -186,26 +250,30 @@ def load(args):
         require(not args.untrained, "--untrained is for a RUN_DIR")
         require(args.dataset or args.export, "--checkpoint needs --dataset")
         return *read_backbone(args.checkpoint, args.stem_padding), Namespace(**vars(args))
+    few = args.untrained and args.labels_per_class
+    require(not few, "--labels-per-class compares with the untrained network anyway")
     own = {"checkpoint", "dataset", "subset", "image_size", "stem_padding"}
     wrong = ", ".join(own.intersection(args.changed.split()))
     require(not wrong, f"a RUN_DIR has its own {wrong}")
     run_args = read_args(args.run)
     if args.untrained:
-        torch.manual_seed(run_args.seed)  # the scripts draw the backbone first: this is the same
-        return common.resnet18(run_args.width, run_args.stem_padding), 0, run_args
+        return untrained(run_args.seed, run_args.width, run_args.stem_padding), 0, run_args
     return *read_backbone(f"{args.run}/checkpoint.pth", run_args.stem_padding), run_args
 
 
-RECIPE = """**CIFAR-100, ResNet-18, 200 epochs** (top-1 in percent on the test set: linear / kNN)
+RECIPE = """**CIFAR-100, ResNet-18, 200 epochs** (test top-1 in percent: linear / probe / kNN)
 
 | | batch 64 | batch 128 | batch 256 | batch 512 | batch 1024 |
 |---|---|---|---|---|---|
 | MoCo v2 | {} | {} | {} | {} | {} |
-| MoCo v2, published | 52.58 | 54.40 | 53.28 | 51.47 | 48.90 |
+| MoCo v2, published (probe) | 52.58 | 54.40 | 53.28 | 51.47 | 48.90 |
 | SimMoCo | {} | {} | {} | {} | {} |
-| SimMoCo, published | 54.02 | 54.93 | 54.11 | 52.45 | 49.70 |
+| SimMoCo, published (probe) | 54.02 | 54.93 | 54.11 | 52.45 | 49.70 |
 | SimCo | {} | {} | {} | {} | {} |
-| SimCo, published | 58.04 | 58.29 | 58.35 | 57.08 | 55.34 |
+| SimCo, published (probe) | 58.04 | 58.29 | 58.35 | 57.08 | 55.34 |
+
+Compare a published figure with the probe beside it, not with linear: the authors' code computes no
+other linear figure than that of such a probe, which learns along with the network.
 """  # published by Zhang et al., arXiv 2203.17248
 TITLES = dict(moco_v2="MoCo v2", simmoco="SimMoCo", simco="SimCo")
 IGNORED = (*common.MACHINE_FLAGS, "method", "seed", "batch_size", "precision", "knn_every")
@@ -216,6 +284,23 @@ def changed_flags(run_args):
     names = [name for name in run_args.changed.split() if name not in IGNORED]
     words = [f"{name.replace('_', '-')} {getattr(run_args, name)}" for name in names]
     return ", ".join(word.removesuffix(" True") for word in words)
+
+
+def in_words(values):
+    """Their mean, and their standard deviation if there are several; None stands for no value."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    spread = f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else ""
+    note = f" (of {len(known)})" if len(known) < len(values) else ""
+    return f"{statistics.mean(known):.2f}{spread}{note}"
+
+
+def last_probe(run):
+    """The accuracy of a run's probe after its last epoch, if it was measured."""
+    log = Path(run, "log.jsonl")
+    lines = log.read_text().splitlines() if log.exists() else ["{}"]
+    return json.loads(lines[-1]).get("probe_top1")
 
 
 def table(root):
@@ -229,16 +314,14 @@ def table(root):
         if "untrained" in result:
             results[flags, "untrained", size].append(result["untrained"])
         if result.get("epoch") == run_args.epochs:
+            result["probe_top1"] = last_probe(path.parent)
             results[flags, TITLES[run_args.method], size].append(result)
         elif "epoch" in result:
             notes.append(f"Not shown: {path.parent}, evaluated after epoch {result['epoch']}.")
     require(results, f"no result.json of a finished run below '{root}'")
     for (flags, title, size), rows in sorted(results.items()):
-        figures = []
-        for name in ("linear_top1", "knn_top1"):
-            values = [row[name] for row in rows]
-            spread = f" ± {statistics.stdev(values):.2f}" if len(rows) > 1 else ""  # over seeds
-            figures.append(f"{statistics.mean(values):.2f}{spread}")
+        names = ("linear_top1", "probe_top1", "knn_top1")
+        figures = [in_words([row.get(name) for row in rows]) for name in names]
         if not flags and (title, size) in recipe:
             recipe[title, size] = " / ".join(figures)
         else:
@@ -250,7 +333,8 @@ def table(root):
         text += RECIPE.format(*recipe.values()) + "\n"
     if others:
         text += "**Other settings** (top-1 in percent on the test set)\n\n"
-        text += "| method | flags | batch | linear | kNN | seeds |\n|---|---|---|---|---|---|\n"
+        text += "| method | flags | batch | linear | probe | kNN | seeds |\n"
+        text += "|---|---|---|---|---|---|---|\n"
     return "\n".join([text + others, *notes]).strip()
 
 
@@ -271,27 +355,36 @@ def main():
     run_args.data, run_args.batch_size = args.data or run_args.data or "data", 1
     data = common.load_data(run_args, device)
     backbone.to(device, memory_format=torch.channels_last)
-    test_features, result = evaluate(backbone, data, args)
-    result.update(seconds=time.perf_counter() - started, epoch=epoch)
-    if common.rank() != 0:
+    if args.labels_per_class:
+        few_labels = compare_few_labels(backbone, run_args.seed, data, args)
+        write_result(args, dict(labels_per_class=few_labels))
         return
-    from torch.utils.tensorboard import SummaryWriter  # slow to import
+    features = extract_features(backbone, data, args)
+    result = evaluate(backbone, data, features, args)
+    result.update(seconds=time.perf_counter() - started, epoch=epoch)
+    if common.rank() == 0:
+        figures = f"linear top-1 {result['linear_top1']:.2f} %, kNN {result['knn_top1']:.2f} %"
+        print(f"{args.run or args.checkpoint}, epoch {epoch}: {figures}")
+    write_result(args, dict(untrained=result) if args.untrained else result)
+    if common.rank() == 0 and args.run and not args.untrained:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-    figures = f"linear top-1 {result['linear_top1']:.2f} %, kNN {result['knn_top1']:.2f} %"
-    print(f"{args.run or args.checkpoint}, epoch {epoch}: {figures}")
-    if args.run is None:
-        result["flags"] = vars(args)
-    if args.run or args.json:
-        path = Path(args.json or f"{args.run}/result.json")
-        entries = common.read_json(path) if path.exists() else {}
-        entries.update(dict(untrained=result) if args.untrained else result)
-        text = json.dumps(entries, indent=1) + "\n"
-        common.write_atomically(path, lambda path: path.write_text(text))
-    if args.run and not args.untrained:  # the test features go into TensorBoard's projector
         names = [data.classes[label] for label in data.test_labels[:2000].tolist()]
         images = common.to_float(data.test_images[:2000])
-        with SummaryWriter(args.run) as board:
-            board.add_embedding(test_features[:2000], names, images, tag="test_features")
+        with SummaryWriter(args.run) as board:  # to be seen in its projector
+            board.add_embedding(features.test_images[:2000], names, images, tag="test_features")
+
+
+def write_result(args, result):
+    """Add a dict to result.json of the run, or to the new file that --json names."""
+    if common.rank() != 0 or not (args.run or args.json):
+        return
+    if args.run is None:
+        result["flags"] = vars(args)
+    path = Path(args.json or f"{args.run}/result.json")
+    entries = common.read_json(path) if path.exists() else {}
+    text = json.dumps({**entries, **result}, indent=1) + "\n"
+    common.write_atomically(path, lambda path: path.write_text(text))
 
 
 if __name__ == "__main__":

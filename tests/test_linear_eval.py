@@ -1,7 +1,9 @@
 """Linear evaluation: the frozen backbone, the wide layer, the protocol, and the tables."""
 import json
+import math
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -38,7 +40,8 @@ def test_not_one_number_of_the_backbone_moves(flags):
     backbone = common.resnet18(2).train()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     args = linear_eval.arguments().parse_args(["run", *QUICK, *flags])
-    linear_eval.evaluate(backbone, common.draw_shapes(64, 16), args)
+    data = common.draw_shapes(64, 16)
+    linear_eval.evaluate(backbone, data, linear_eval.extract_features(backbone, data, args), args)
     assert not backbone.training and not any(p.requires_grad for p in backbone.parameters())
     for name, value in backbone.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -52,7 +55,7 @@ def test_two_processes_and_the_checkpoint_alone_give_the_same(tiny_run, run_scri
     alone = ["--checkpoint", out / "checkpoint.pth", *data, *flags, "--json", out / "alone.json"]
     assert run_script(linear_eval, *alone) == 0
     one, two, other = (read(out / f"{name}.json") for name in ("one", "result", "alone"))
-    assert one["held_out_top1"] == two["held_out_top1"]
+    assert one["held_out_loss"] == pytest.approx(two["held_out_loss"], rel=1e-4)
     for key in ("linear_top1", "linear_top5", "knn_top1"):
         assert one[key] == other[key]
         assert one[key] == pytest.approx(two[key], abs=100 / 256)  # rounding may tip an image
@@ -63,8 +66,9 @@ def test_two_processes_and_the_checkpoint_alone_give_the_same(tiny_run, run_scri
 def test_wide_layer_is_the_single_classifiers():
     torch.manual_seed(0)
     features, labels, rates = torch.randn(96, 12), torch.randint(0, 5, (96,)), [0.01, 0.3, 2.0]
-    flags = (labels, 5, 12, Namespace(epochs=9, batch_size=96, seed=1), torch.arange(96))
-    wide = linear_eval.train_linear(lambda index, _: features[index], *flags, rates)
+    data = common.Dataset(features, labels, features, labels, list("abcde"))
+    args = Namespace(epochs=9, batch_size=96, seed=1)
+    wide = linear_eval.train_linear(data, torch.arange(96), rates, args)
     for weight, rate in zip(wide.weight.split(5), rates):
         alone = nn.Linear(12, 5)
         nn.init.zeros_(alone.weight)
@@ -88,21 +92,68 @@ def test_learning_rate_is_chosen_on_held_out_images():
     backbone = nn.Flatten()
     backbone.num_features = 192
     args = linear_eval.arguments().parse_args(["run", *QUICK, "--cached", "--epochs", "100"])
-    _, first = linear_eval.evaluate(backbone, data, args)
-    assert max(first["held_out_top1"].values()) < 40  # of 40 images; chance is 10 %
+    features = linear_eval.extract_features(backbone, data, args)
+    first = linear_eval.evaluate(backbone, data, features, args)
+    # Of noise nothing can be known: the loss is above that of guessing, and grows with the rate.
+    losses = [first["held_out_loss"][rate] for rate in ("0.1", "1.0", "10.0")]
+    assert math.log(10) < losses[0] < losses[1] < losses[2] and first["linear_lr"] == 0.1
     assert first["linear_top1"] == 100  # the last classifier was trained on all of them
-    assert first["linear_lr"] in (0.1, 1)  # 15 % each, and 7.5 % at 10
-    _, second = linear_eval.evaluate(backbone, data._replace(test_labels=(labels + 1) % 10), args)
-    assert second["linear_top1"] < 10 and second["held_out_top1"] == first["held_out_top1"]
+    data = data._replace(test_labels=(labels + 1) % 10)
+    second = linear_eval.evaluate(backbone, data, features, args)
+    assert second["linear_top1"] < 10 and second["held_out_loss"] == first["held_out_loss"]
 
 
-def write_result(root, method, flags, top1, epoch=200, cached=False, **more):
-    """A run that was given `flags`, and its result."""
+def test_held_out_cross_entropy():
+    torch.manual_seed(0)
+    heads, x, labels = nn.Linear(6, 3 * 5), torch.randn(20, 6), torch.randint(0, 5, (20,))
+    logits = heads(x).detach().double().numpy().reshape(20, 3, 5)
+    log_p = logits - np.log(np.exp(logits).sum(axis=2, keepdims=True))
+    expected = [-log_p[np.arange(20), i, labels].mean() for i in range(3)]
+    ours = linear_eval.cross_entropies(heads, x, labels, 3)
+    np.testing.assert_allclose(ours.detach(), expected, rtol=1e-5)
+
+
+def test_few_labels(tiny_run, run_script, fails_plainly, capsys, monkeypatch):
+    out, flags, seen = tiny_run("simco"), [*QUICK, "--labels-per-class", "2", "5", "all"], []
+    train = linear_eval.train_linear
+
+    def watched_train(features, index, rates, args):
+        seen.append((features.train_labels[index], index, rates))
+        return train(features, index, rates, args)
+
+    assert run_script(linear_eval, out, *QUICK) == 0
+    before = read(out / "result.json")
+    monkeypatch.setattr(linear_eval, "train_linear", watched_train)
+    assert run_script(linear_eval, out, *flags) == 0
+    result, lines = read(out / "result.json"), capsys.readouterr().out.splitlines()[-4:]
+    few = result.pop("labels_per_class")
+    assert result == before  # nothing else changes
+    for i, network in enumerate(("trained", "untrained")):
+        mine = seen[17 * i : 17 * (i + 1)]  # two choose the learning rate, and 3 x 5 draws
+        rate = mine[1][2]
+        for (labels, index, rates), count in zip(mine[2:], [2] * 5 + [5] * 5 + [None] * 5):
+            assert rates == rate and len(index.unique()) == len(index)
+            assert len(index) == 64 if count is None else (labels.bincount() == count).all()
+        assert len({tuple(index.sort().values.tolist()) for _, index, _ in mine[2:7]}) == 5
+        for line, count in zip(lines[1:], ("2", "5", "all")):
+            top1 = few[network][count]
+            words = f"{np.mean(top1):.2f} ± {np.std(top1, ddof=1):.2f}"
+            assert len(top1) == 5 and line.split()[0] == count
+            assert " ".join(line.split()[1 + 3 * i : 4 + 3 * i]) == words
+    for count in (0, 7, "some"):  # 64 images of 10 classes: the rarest has 6
+        message = fails_plainly(linear_eval, out, *QUICK, "--labels-per-class", count)
+        assert "labels-per-class" in message and read(out / "result.json")["epoch"] == 2
+
+
+def write_result(root, method, flags, top1, epoch=200, cached=False, probe=None, **more):
+    """A run that was given `flags`, its last log line, and its result."""
     args = METHODS[method].arguments().parse_args(flags.split())
     result = dict(linear_top1=top1, knn_top1=40.0, epoch=epoch, protocol=dict(cached=cached))
     out = root / str(len(list(root.iterdir())))
     out.mkdir()
     (out / "args.json").write_text(json.dumps(vars(args)))
+    if probe is not None:
+        (out / "log.jsonl").write_text('{"probe_top1": 1.0}\n{"probe_top1": %s}\n' % probe)
     (out / "result.json").write_text(json.dumps({**result, **more}))
     return result
 
@@ -110,24 +161,27 @@ def write_result(root, method, flags, top1, epoch=200, cached=False, **more):
 def test_tables(tmp_path, run_script, capsys):
     floor = write_result(tmp_path, "simco", "--dataset cifar10", 5.0)
     assert "published" not in linear_eval.table(tmp_path)  # those are of CIFAR-100
-    write_result(tmp_path, "simco", "--seed 0", 58.0)
-    write_result(tmp_path, "simco", "--seed 1 --out x --knn-every 7", 59.0)
+    write_result(tmp_path, "simco", "--seed 0", 58.0, probe=57.0)
+    write_result(tmp_path, "simco", "--seed 1 --out x --knn-every 7", 59.0, probe=57.0)
     write_result(tmp_path, "moco_v2", "--batch-size 1024", 48.5)
     write_result(tmp_path, "simmoco", "", 99.0, epoch=100)
     write_result(tmp_path, "simmoco", "--epochs 2 --symmetric", 11.0, epoch=2, untrained=floor)
-    write_result(tmp_path, "simco", "--dt-m 1", 57.0, cached=True)
+    write_result(tmp_path, "simco", "--dt-m 1", 57.0, cached=True, probe=56.0)
     write_result(tmp_path, "simco", "--dt-m 1 --seed 1", 57.0)
     assert run_script(linear_eval, "--table", tmp_path) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[2] == "| | batch 64 | batch 128 | batch 256 | batch 512 | batch 1024 |"
-    assert lines[4] == "| MoCo v2 | – | – | – | – | 48.50 / 40.00 |"
-    assert lines[8] == "| SimCo | – | – | 58.50 ± 0.71 / 40.00 ± 0.00 | – | – |"
-    assert lines[15] == "| SimCo | dataset cifar10 | 256 | 5.00 | 40.00 | 1 |"
-    assert lines[16] == "| SimCo | dt-m 1.0 | 256 | 57.00 ± 0.00 | 40.00 ± 0.00 | 2 |"
-    assert lines[17] == "| SimMoCo | epochs 2, symmetric | 256 | 11.00 | 40.00 | 1 |"
-    assert lines[18] == "| untrained | epochs 2, symmetric | 256 | 5.00 | 40.00 | 1 |"
-    assert lines[20] == f"Not shown: {tmp_path}/4, evaluated after epoch 100."
-    assert lines[21] == "Evaluated by several protocols: SimCo, batch 256, dt-m 1.0."
+    assert lines[4] == "| MoCo v2 | – | – | – | – | 48.50 / – / 40.00 |"
+    simco = "58.50 ± 0.71 / 57.00 ± 0.00 / 40.00 ± 0.00"
+    assert lines[8] == f"| SimCo | – | – | {simco} | – | – |"
+    rows = lines[lines.index("| method | flags | batch | linear | probe | kNN | seeds |") + 2 :]
+    assert rows[0] == "| SimCo | dataset cifar10 | 256 | 5.00 | – | 40.00 | 1 |"
+    figures = "57.00 ± 0.00 | 56.00 (of 1) | 40.00 ± 0.00"
+    assert rows[1] == f"| SimCo | dt-m 1.0 | 256 | {figures} | 2 |"
+    assert rows[2] == "| SimMoCo | epochs 2, symmetric | 256 | 11.00 | – | 40.00 | 1 |"
+    assert rows[3] == "| untrained | epochs 2, symmetric | 256 | 5.00 | – | 40.00 | 1 |"
+    assert rows[5] == f"Not shown: {tmp_path}/4, evaluated after epoch 100."
+    assert rows[6] == "Evaluated by several protocols: SimCo, batch 256, dt-m 1.0."
 
 
 MISTAKES = {"": "which run", "run": "args.json", "run --dataset shapes": "dataset"}
