@@ -130,13 +130,15 @@ def argument_parser(method, description, loss):
     add("--bn-splits", default=1, type=number(int, 1), metavar="G", help="BatchNorm over G groups")
     add("--sync-bn", action="store_true", help="BatchNorm over the images of all processes")
     add("--moco-dim", default=128, type=number(int, 1), help="dimension of queries and keys")
-    add("--loss", default=loss, choices=("infonce", "eqco", "dcl", "dual"), help="see README")
+    losses = ("infonce", "eqco", "dcl", "dual")
+    add("--loss", default=loss, choices=losses, help="dcl: decoupled; dual: dual temperature")
     add("--moco-t", default=0.1, type=number(float, 0.02), help="temperature of the softmax")
     add("--alpha", type=number(float, 1e-6), help="--loss eqco: K negatives count as alpha of them")
     add("--dt-m", default=10.0, type=number(float, 1e-6), help="--loss dual: T_beta / T_alpha")
     add("--out", metavar="DIR", help="run directory; None: named after method and dataset")
     add("--knn-every", default=5, type=number(int, 1), metavar="N", help="epochs; and at the end")
-    add("--probe", default="query", choices=("query", "both", "off"), help="views it learns from")
+    probes = ("query", "both", "off")
+    add("--probe", default="query", choices=probes, help="views that the linear probe learns from")
     add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: a GPU if present")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of the encoders")
     add("--compile", default="auto", choices=("auto", "on", "off"), help="auto: on a GPU")
@@ -817,7 +819,7 @@ def contrast_statistics(q, k, args, queue=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. Monitors: the linear probe learns along; the others look at frozen features now and then
+# 7. Monitors: a linear probe that learns with the network, kNN, and statistics of the features
 
 
 class Probe:
@@ -945,8 +947,8 @@ def uniformity(x, t=2):
 def effective_rank(x):
     """RankMe (Garrido et al., arXiv 2210.02885): e^H, H the entropy of the singular values of x
     [N, D], scaled to sum to 1. 1: all rows are multiples of one; D: no direction is rare."""
-    squares = torch.linalg.eigvalsh((x.double().T @ x.double()).cpu())  # D x D: faster than an SVD
-    singular_values = squares.clamp(min=0).sqrt()
+    gram = (x.double().T @ x.double()).nan_to_num(0, 0, 0)  # D x D: faster than an SVD
+    singular_values = torch.linalg.eigvalsh(gram.cpu()).clamp(min=0).sqrt()
     p = singular_values / singular_values.sum() + 1e-7  # so that log 0 is never asked for
     return (-p * p.log()).sum().exp()
 

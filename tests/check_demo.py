@@ -3,8 +3,8 @@ table shows each method's linear top-1 at least 20 points above the untrained ne
 import re
 import sys
 
-# method | flags | batch | linear | kNN | seeds
-row = r"^\| (.*?) \| .* \| \d+ \| ([\d.]+) \| [\d.]+ \| 1 \|$"
+# method | flags | batch | linear | probe | kNN | seeds
+row = r"^\| (.*?) \| .* \| \d+ \| ([\d.]+) \| [\d.–]+ \| [\d.]+ \| 1 \|$"
 rows = re.findall(row, open(sys.argv[1]).read(), re.MULTILINE)
 figures = {name: float(value) for name, value in rows}
 floor = figures.pop("untrained")

@@ -127,6 +127,10 @@ def test_metrics_agree_with_numpy(kind):
     np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-12)
 
 
+def test_rank_of_features_that_are_not_finite():
+    assert common.effective_rank(torch.full((4, 3), torch.nan)).isnan()
+
+
 def test_metrics_of_a_run(tiny_run):
     """They are of the backbone's features, in eval mode, and say when a network has collapsed."""
     log = log_of(tiny_run("simco"))
