@@ -1,5 +1,6 @@
 """results/ and README.md: each number has its run, and each run can be repeated."""
 import json
+import runpy
 
 import pytest
 from conftest import METHODS, ROOT
@@ -23,6 +24,14 @@ def test_every_result_is_of_a_finished_run_that_can_be_repeated(run):
     assert result["epoch"] == args["epochs"]
     # Evaluated twice in the same precision: rounding moves less than a hundredth of the images.
     assert result["knn_top1"] == pytest.approx(log[-1]["knn_top1"], abs=1)
+
+
+def test_the_longer_runs_are_those_of_results_readme():
+    script = runpy.run_path(str(ROOT / "results" / "runs.py"))
+    printed = script["table"](ROOT / "results" / "longer")
+    lines = (ROOT / "results" / "README.md").read_text().splitlines()
+    missing = [line for line in printed if line not in lines]
+    assert len(printed) > 2 and not missing, missing
 
 
 def test_the_tables_of_the_readme_are_those_of_results():
