@@ -1,5 +1,6 @@
 """Linear evaluation: the frozen backbone, the wide layer, the protocol, and the tables."""
 import json
+import math
 from argparse import Namespace
 
 import numpy as np
@@ -26,7 +27,7 @@ def test_evaluates_the_checkpoint_and_the_untrained_network(method, tiny_run, ru
         assert run_script(linear_eval, out, *QUICK, *flags) == 0
     result, log = read(out / "result.json"), (out / "log.jsonl").read_text().splitlines()
     assert (result["epoch"], result["untrained"]["epoch"]) == (2, 0)
-    assert result["protocol"]["held_out"] == 12 and not result["protocol"]["cached"]
+    assert result["protocol"]["held_out"] == 6 and not result["protocol"]["cached"]
     assert 0 <= result["linear_top1"] <= result["linear_top5"] <= 100
     assert result["untrained"]["knn_top1"] == json.loads(log[0])["knn_top1"]
     assert result["knn_top1"] == json.loads(log[-1])["knn_top1"]
@@ -54,7 +55,7 @@ def test_two_processes_and_the_checkpoint_alone_give_the_same(tiny_run, run_scri
     alone = ["--checkpoint", out / "checkpoint.pth", *data, *flags, "--json", out / "alone.json"]
     assert run_script(linear_eval, *alone) == 0
     one, two, other = (read(out / f"{name}.json") for name in ("one", "result", "alone"))
-    assert one["held_out_top1"] == two["held_out_top1"]
+    assert one["held_out_loss"] == pytest.approx(two["held_out_loss"], rel=1e-4)
     for key in ("linear_top1", "linear_top5", "knn_top1"):
         assert one[key] == other[key]
         assert one[key] == pytest.approx(two[key], abs=100 / 256)  # rounding may tip an image
@@ -93,13 +94,30 @@ def test_learning_rate_is_chosen_on_held_out_images():
     args = linear_eval.arguments().parse_args(["run", *QUICK, "--cached", "--epochs", "100"])
     features = linear_eval.extract_features(backbone, data, args)
     first = linear_eval.evaluate(backbone, data, features, args)
-    held_out_top1 = first["held_out_top1"]
-    assert max(held_out_top1.values()) < 30  # of 80 images; chance is 10 %, six deviations 30 %
-    assert held_out_top1[str(first["linear_lr"])] == max(held_out_top1.values())
+    held_out_loss = first["held_out_loss"]
+    assert min(held_out_loss.values()) > 0.95 * math.log(10)  # of noise nothing can be known
+    assert held_out_loss[str(float(first["linear_lr"]))] == min(held_out_loss.values())
     assert first["linear_top1"] == 100  # the last classifier was trained on all of them
     data = data._replace(test_labels=(labels + 1) % 10)
     second = linear_eval.evaluate(backbone, data, features, args)
-    assert second["linear_top1"] < 10 and second["held_out_top1"] == held_out_top1
+    assert second["linear_top1"] < 10 and second["held_out_loss"] == held_out_loss
+
+
+def test_calibrated_losses():
+    """Of three classifiers: one, the same but ten times as sure, and one that knows less."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(5, 6), torch.randn(200, 6)
+    labels = (x @ weight.T + torch.randn(200, 5)).argmax(dim=1)
+    heads = nn.Linear(6, 15, bias=False).requires_grad_(False)
+    heads.weight.copy_(torch.cat([weight, 10 * weight, weight + torch.randn(5, 6)]))
+    expected = []
+    for logits in np.split((x.double() @ heads.weight.T.double()).numpy(), 3, axis=1):
+        scaled = [logits / t for t in 10 ** np.linspace(-1, 3, 81)]
+        losses = [np.logaddexp.reduce(z, axis=1) - z[np.arange(200), labels] for z in scaled]
+        expected.append(min(loss.mean() for loss in losses))
+    ours = linear_eval.calibrated_losses(heads, x, labels, 5)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+    assert ours[0] == pytest.approx(ours[1], rel=1e-5) and ours[2] > ours[0]
 
 
 def test_few_labels(tiny_run, run_script, fails_plainly, capsys, monkeypatch):
