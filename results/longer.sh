@@ -4,7 +4,7 @@
 # ones resume; in the end it prints the table.
 #
 #   results/longer.sh
-#   JOBS=2 DATA=data RUNS=runs/longer results/longer.sh
+#   JOBS=2 DATA=data RUNS=results/longer results/longer.sh    # only what is not there yet
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export DATA=${DATA:-data} RUNS=${RUNS:-runs/longer} OMP_NUM_THREADS=1
@@ -12,23 +12,23 @@ export DATA=${DATA:-data} RUNS=${RUNS:-runs/longer} OMP_NUM_THREADS=1
 # A run a line: seed, method, its own flags.
 runs="
 0 simco --loss dcl
-2 simco
 1 simco --loss dcl
+2 simco
 0 simco --loss infonce
-0 simmoco --loss dcl
-0 simmoco
-0 simmoco --loss infonce
-3 simco
-1 simco --loss infonce
-0 simmoco --symmetric
-0 moco_v2 --symmetric --moco-k 4096
-0 simmoco --probe both
-0 moco_v2
-0 moco_v2 --moco-k 256
 0 simco
 1 simco
 0 simco --dt-m 1
 1 simco --dt-m 1
+0 moco_v2
+0 moco_v2 --moco-k 256
+0 simmoco
+0 simmoco --loss dcl
+0 simmoco --loss infonce
+0 simmoco --symmetric
+0 moco_v2 --symmetric --moco-k 4096
+0 simmoco --probe both
+3 simco
+1 simco --loss infonce
 "
 
 # one SEED METHOD [FLAGS]: one run, in a directory named after them
@@ -47,6 +47,6 @@ one() {
 }
 export -f one
 
-xargs -P "${JOBS:-2}" -L 1 bash -euo pipefail -c 'one "$@"' one <<<"${runs//$'\n\n'/}"
+xargs -P "${JOBS:-2}" -L 1 bash -euo pipefail -c 'one "$@"' one <<<"$runs"
 echo
 python linear_eval.py --table "$RUNS"
