@@ -1,25 +1,56 @@
-"""A line for each evaluated run below a directory: its accuracies, and statistics of its features.
+"""Two tables of the evaluated runs below a directory: a row for each run, and one for each setting.
 
     python results/runs.py results/longer
+
+A setting's figures are the mean and the standard deviation over its seeds, and its linear accuracy
+is that with RATE as the classifier's learning rate: chosen for all runs together, because what one
+run chooses for itself adds noise. `python linear_eval.py RUN --cached --lrs 0.3 --json
+RUN/result-lr-0.3.json` measures it where a run has chosen another.
 """
 import json
+import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 
-NAMES = "linear_top1 probe_top1 knn_top1 alignment uniformity effective_rank".split()
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from linear_eval import in_words  # noqa: E402
+
+RATE = 0.3
+STATISTICS = "probe_top1 knn_top1 alignment uniformity effective_rank".split()
 
 
-def table(root):
-    lines = ["| run | linear | probe | kNN | alignment | uniformity | effective rank |"]
-    lines.append("|---" * 7 + "|")
-    for path in sorted(Path(root).rglob("result.json")):
-        last = (path.parent / "log.jsonl").read_text().splitlines()[-1]
-        figures = {**json.loads(path.read_text()), **json.loads(last)}
-        values = [figures.get(name) for name in NAMES]  # runs from before the probe have no more
-        words = ["–" if value is None else f"{value:.2f}" for value in values]
-        lines.append(f"| {path.parent.name} | {' | '.join(words)} |")
-    return lines
+def read(run):
+    """What result.json and the last line of log.jsonl say, and `at_rate`, the accuracy at RATE."""
+    figures = json.loads((run / "result.json").read_text())
+    figures.update(json.loads((run / "log.jsonl").read_text().splitlines()[-1]))
+    at_rate = run / f"result-lr-{RATE}.json"
+    other = json.loads(at_rate.read_text()) if at_rate.exists() else figures
+    figures["at_rate"] = other["linear_top1"] if other["linear_lr"] == RATE else None
+    return figures
+
+
+def tables(root):
+    """Both tables, as two lists of lines."""
+    runs = {path.parent.name: read(path.parent) for path in sorted(root.rglob("result.json"))}
+    statistics = "probe | kNN | alignment | uniformity | effective rank |"
+    each = [f"| run | linear | its rate | at {RATE} | {statistics}", "|---" * 9 + "|"]
+    settings = defaultdict(list)
+    for name, figures in runs.items():
+        values = [figures.get(name) for name in ("linear_top1", "at_rate", *STATISTICS)]
+        words = [in_words([value]) for value in values]  # runs from before the probe have few
+        each.append(f"| {name} | {words[0]} | {figures['linear_lr']} | {' | '.join(words[1:])} |")
+        # By dt_m = 1 the weight is 1: that is InfoNCE, with other roundings.
+        setting = re.sub(r"-seed\d+$", "", name).replace("dt-m-1", "loss-infonce")
+        settings[setting].append(values[1:])
+    means = [f"| setting | runs | linear at {RATE} | {statistics}", "|---" * 8 + "|"]
+    for setting, rows in sorted(settings.items()):
+        words = map(in_words, zip(*rows))
+        means.append(f"| {setting} | {len(rows)} | {' | '.join(words)} |")
+    return each, means
 
 
 if __name__ == "__main__":
-    print("\n".join(table(sys.argv[1])))
+    each, means = tables(Path(sys.argv[1]))
+    print("\n".join([*each, "", *means]))
