@@ -34,6 +34,14 @@ def test_the_tables_of_the_longer_runs_are_those_of_results_readme():
     assert len(each) > 2 and len(means) > 2 and not missing, missing
 
 
+def test_the_rate_at_which_the_longer_runs_are_compared_is_the_best_for_all_of_them():
+    script = runpy.run_path(str(ROOT / "results" / "runs.py"))
+    results = [json.loads(path.read_text()) for path in ROOT.glob("results/longer/*/result.json")]
+    losses = [r["held_out_loss"] for r in results if r["protocol"].get("chosen_by") == "loss"]
+    assert len(losses) > 2
+    assert min(losses[0], key=lambda rate: sum(x[rate] for x in losses)) == str(script["RATE"])
+
+
 def test_the_tables_of_the_readme_are_those_of_results():
     lines = (ROOT / "README.md").read_text().splitlines()
     table = linear_eval.table(ROOT / "results").splitlines()
