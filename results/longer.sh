@@ -27,8 +27,8 @@ runs="
 0 simmoco --symmetric
 0 moco_v2 --symmetric --moco-k 4096
 0 simmoco --probe both
-3 simco
-1 simco --loss infonce
+1 simmoco
+1 simmoco --loss dcl
 "
 
 # one SEED METHOD [FLAGS]: one run, in a directory named after them
