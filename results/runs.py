@@ -41,8 +41,8 @@ def tables(root):
         values = [figures.get(name) for name in ("linear_top1", "at_rate", *STATISTICS)]
         words = [in_words([value]) for value in values]  # runs from before the probe have few
         each.append(f"| {name} | {words[0]} | {figures['linear_lr']} | {' | '.join(words[1:])} |")
-        # By dt_m = 1 the weight is 1: that is InfoNCE, with other roundings.
-        setting = re.sub(r"-seed\d+$", "", name).replace("dt-m-1", "loss-infonce")
+        # With dt_m = 1 the weight is 1: that is InfoNCE, with other roundings.
+        setting = re.sub("dt-m-1$", "loss-infonce", re.sub(r"-seed\d+$", "", name))
         settings[setting].append(values[1:])
     means = [f"| setting | runs | linear at {RATE} | {statistics}", "|---" * 8 + "|"]
     for setting, rows in sorted(settings.items()):
