@@ -7,7 +7,7 @@
 # Finished runs are skipped, interrupted ones resume: stop the script and start it again at will.
 # These variables narrow or widen it:
 #   METHODS="simco" BATCH_SIZES="256 512" SEEDS="0 1 2" EPOCHS=200 DATASET=cifar100 DATA=data \
-#     NPROC=8 RUNS=runs ./run_all.sh
+#     NPROC=8 RUNS=runs PYTHON=python3 ./run_all.sh
 # FLAGS and EVAL_FLAGS go to the methods' scripts and to linear_eval.py, as FLAGS="--width 16".
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -34,9 +34,10 @@ DATASET=${DATASET:-cifar100}
 DATA=${DATA:-data}
 NPROC=${NPROC:-1}
 RUNS=${RUNS:-runs}
+PYTHON=${PYTHON:-python3}
 
-launch=python
-[ "$NPROC" = 1 ] || launch="torchrun --standalone --nproc_per_node=$NPROC"
+launch=$PYTHON
+[ "$NPROC" = 1 ] || launch="$PYTHON -m torch.distributed.run --standalone --nproc_per_node=$NPROC"
 
 # shellcheck disable=SC2086  # the flags are meant to be split into words
 for seed in $SEEDS; do
@@ -58,7 +59,7 @@ done
 
 if [ "${1:-}" = demo ] && ! grep -qs '"untrained"' "$RUNS"/*/result.json; then
   # shellcheck disable=SC2086
-  python linear_eval.py --untrained "$out" ${EVAL_FLAGS:-} # what the network can do before training
+  $PYTHON linear_eval.py --untrained "$out" ${EVAL_FLAGS:-} # what the network can do before training
 fi
 echo
-python linear_eval.py --table "$RUNS"
+$PYTHON linear_eval.py --table "$RUNS"

@@ -41,12 +41,12 @@ one() {
     echo "$out: done"
     return
   fi
-  python "$method.py" --dataset cifar100 --data "$DATA" --subset 10000 --width 16 --epochs 60 \
+  python3 "$method.py" --dataset cifar100 --data "$DATA" --subset 10000 --width 16 --epochs 60 \
     --knn-every 6 --precision bf16 --seed "$seed" --out "$out" "$@"
-  python linear_eval.py "$out" --cached
+  python3 linear_eval.py "$out" --cached
 }
 export -f one
 
 xargs -P "${JOBS:-2}" -L 1 bash -euo pipefail -c 'one "$@"' one <<<"$runs"
 echo
-python linear_eval.py --table "$RUNS"
+python3 linear_eval.py --table "$RUNS"

@@ -19,9 +19,9 @@ small() {
     echo "$out: done"
     return
   fi
-  python "$method.py" --dataset cifar100 --data "$DATA" --subset 10000 --width 16 --epochs 15 \
+  python3 "$method.py" --dataset cifar100 --data "$DATA" --subset 10000 --width 16 --epochs 15 \
     --knn-every 3 --precision bf16 --seed "$seed" --out "$out" "$@"
-  python linear_eval.py "$out" --cached
+  python3 linear_eval.py "$out" --cached
 }
 
 for seed in $SEEDS; do
@@ -49,7 +49,7 @@ done
 small 0 moco_v2 --loss dual
 
 if ! grep -qs '"untrained"' "$RUNS"/*/result.json; then
-  python linear_eval.py "$out" --untrained --cached # what the network can do before training
+  python3 linear_eval.py "$out" --untrained --cached # what the network can do before training
 fi
 echo
-python linear_eval.py --table "$RUNS"
+python3 linear_eval.py --table "$RUNS"
