@@ -185,6 +185,7 @@ def choose_hardware(args):
         if args.device == "cuda":
             has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
         args.precision = "bf16" if has_bf16 else "fp32"
+    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"  # else convolutions round to 10 bits
     return torch.device(args.device)
 
 
@@ -873,17 +874,16 @@ class Probe:
 
 
 @torch.no_grad()
-def extract_features(backbone, images, args, batch_size=1024):
-    """Features in eval mode, float32 [N, D], of images uint8 [N, S, S, 3], not augmented, or of
-    views float [N, 3, S, S]. Each process computes a part; all of them return the whole."""
+def extract_features(backbone, images, args, views_of=None):
+    """Features in eval mode, float32 [N, D], of images uint8 [N, S, S, 3], or of views of them.
+    views_of: function of indices int64 [M] -> float [M, 3, S, S]; None: the images, not augmented.
+    Each process computes a part; all of them return the whole."""
     was_training = backbone.training
     backbone.eval()
     features = torch.zeros(len(images), backbone.num_features, device=images.device)
-    chunks = torch.arange(len(images), device=images.device).split(batch_size)
+    chunks = torch.arange(len(images), device=images.device).split(1000)  # equal ones, in CIFAR
     for chunk in chunks[rank() :: world_size()]:
-        views = images[chunk]
-        if views.dtype == torch.uint8:
-            views = normalize(to_float(views))
+        views = normalize(to_float(images[chunk])) if views_of is None else views_of(chunk)
         with autocast(args):
             features[chunk] = backbone(views).float()
     backbone.train(was_training)
@@ -921,7 +921,8 @@ def monitor(backbone, probe, data, args):
     for _ in range(2):
         choices = draw_choices(len(images), images.shape[1], generator, args.augmentation)
         view = augment(images, choices, args.augmentation)
-        views.append(F.normalize(extract_features(backbone, view, args), dim=1))
+        features_of_view = extract_features(backbone, images, args, view.__getitem__)
+        views.append(F.normalize(features_of_view, dim=1))
     return dict(
         knn_top1=accuracies[0],
         probe_top1=accuracies[1] if args.probe != "off" else None,

@@ -10,8 +10,8 @@
 
 Linear classifiers with a grid of learning rates are trained by SGD (momentum 0.9, no weight decay,
 cosine schedule) on randomly cropped and flipped images. The learning rate is chosen on a held-out
-tenth of the training images, at most 5000, by `calibrated_losses`, and used to train once more, on
-all of them. That classifier is evaluated once on the test set.
+tenth of the training images, at most 5000, by `calibrated_losses`. The classifier trained with it
+on all training images is evaluated once on the test set.
 """
 import itertools
 import json
@@ -70,12 +70,13 @@ def extract_features(backbone, data, args):
     return data._replace(train_images=train, test_images=test)
 
 
-def train_linear(features, index, learning_rates, args, features_of=None):
+def train_linear(features, index, learning_rates, args, features_of=None, ignored=None):
     """Train a linear classifier for each learning rate, all at once, as one wide linear layer.
 
     features: see `extract_features`. index: int64 [M], which training images to learn from.
-    features_of: function of indices int64 [B] and a torch.Generator -> float [B, D]; by default it
-    looks them up in `features`. Returns the wide nn.Linear.
+    features_of: function of indices int64 [M] and a torch.Generator -> float [M, D], for an epoch;
+    None: looked up in `features`. ignored: int64 [H], the images from which the first half of the
+    classifiers does not learn. Returns the wide nn.Linear.
     """
     labels, num_rates = features.train_labels, len(learning_rates)
     batch_size = min(args.batch_size, len(index))
@@ -89,14 +90,20 @@ def train_linear(features, index, learning_rates, args, features_of=None):
     optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9)
     steps = len(index) // batch_size
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * steps)
-    generator = torch.Generator().manual_seed(args.seed)
+    counts = torch.ones(len(labels), num_rates, device=labels.device)  # whether an image counts
+    if ignored is not None:
+        counts[ignored, : num_rates // 2] = 0
+    generator = torch.Generator(labels.device).manual_seed(args.seed)
     for _ in trange(args.epochs, desc="linear", leave=False, disable=common.rank() > 0 or None):
-        order = torch.randperm(len(index), generator=generator)[: steps * batch_size]
-        for batch in index[order.to(index.device)].split(batch_size):
-            x = features_of(batch, generator) if features_of else features.train_images[batch]
-            logits = heads(x).view(batch_size, num_rates, -1)
+        order = torch.randperm(len(index), generator=generator, device=labels.device)
+        order = index[order[: steps * batch_size]]
+        x = features_of(order, generator) if features_of else features.train_images[order]
+        for batch, rows in zip(order.split(batch_size), x.split(batch_size)):
+            logits = heads(rows).view(batch_size, num_rates, -1)
             target = labels[batch, None].expand(-1, num_rates)
-            losses = F.cross_entropy(logits.transpose(1, 2), target, reduction="none").mean(dim=0)
+            losses = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")
+            count = counts[batch]
+            losses = (losses * count).sum(dim=0) / count.sum(dim=0).clamp(min=1)
             optimizer.zero_grad()
             (losses * scale).sum().backward()
             optimizer.step()
@@ -131,37 +138,40 @@ def evaluate(backbone, data, features, args):
 
     def features_of(index, generator):
         box = common.draw_boxes(len(index), image_size, generator)
-        flip = torch.rand(len(index), generator=generator) < 0.5
-        mine = slice(common.rank(), None, common.world_size())  # this process's part of the batch
-        box_and_flip = [parameter[mine].to(index.device) for parameter in (*box, flip)]
-        images = common.to_float(data.train_images[index[mine]])
-        x = torch.zeros(len(index), backbone.num_features, device=index.device)
-        with common.autocast(args):
-            images = common.random_resized_crop_flip(images, *box_and_flip, image_size)
-            x[mine] = backbone(common.normalize(images)).float()
-        return common.all_reduce_sum(x)  # the rows of other processes are zero here
+        flip = torch.rand(len(index), generator=generator, device=index.device) < 0.5
+        images = data.train_images[index]
 
-    train = partial(train_linear, features, args=args)
-    if not args.cached:
-        train = partial(train, features_of=features_of)
+        def crops_of(rows):
+            box_and_flip = [values[rows] for values in (*box, flip)]
+            crops = common.to_float(images[rows])
+            crops = common.random_resized_crop_flip(crops, *box_and_flip, image_size)
+            return common.normalize(crops)
+
+        return common.extract_features(backbone, images, args, crops_of)
+
     generator = torch.Generator().manual_seed(args.seed)
     shuffled = torch.randperm(len(labels), generator=generator).to(labels.device)
     num_held_out = min(5000, max(1, len(labels) // 10))
     held_out, rest = shuffled[:num_held_out], shuffled[num_held_out:]
-    heads = train(rest, args.lrs)
+    if args.cached:
+        heads = train_linear(features, rest, args.lrs, args)
+    else:  # the crops cost most: on the same ones, train the classifiers for all images, too
+        heads = train_linear(features, shuffled, args.lrs * 2, args, features_of, held_out)
     x, y = features.train_images[held_out], labels[held_out]
-    held_out_loss = calibrated_losses(heads, x, y, num_classes)
-    best = args.lrs[held_out_loss.index(min(held_out_loss))]
-    classifier = train(shuffled, [best])
+    held_out_loss = calibrated_losses(heads, x, y, num_classes)[: len(args.lrs)]
+    best = held_out_loss.index(min(held_out_loss))
+    if args.cached:
+        heads = train_linear(features, shuffled, args.lrs[best : best + 1], args)
+    column = 0 if args.cached else len(args.lrs) + best
     x, y = features.test_images, data.test_labels
     knn = common.knn_predict(x, features.train_images, labels, num_classes)
     protocol = {name: getattr(args, name) for name in ("epochs", "batch_size", "cached", "seed")}
     protocol.update(held_out=num_held_out, chosen_by="loss", precision=args.precision)
     return dict(
-        linear_top1=accuracies(classifier, x, y, num_classes)[0],
-        linear_top5=accuracies(classifier, x, y, num_classes, top=5)[0],
+        linear_top1=accuracies(heads, x, y, num_classes)[column],
+        linear_top5=accuracies(heads, x, y, num_classes, top=5)[column],
         knn_top1=100 * (knn == y).double().mean().item(),
-        linear_lr=best,
+        linear_lr=args.lrs[best],
         held_out_loss=dict(zip(map(str, args.lrs), held_out_loss)),
         protocol=protocol,
     )

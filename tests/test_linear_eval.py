@@ -83,6 +83,57 @@ def test_wide_layer_is_the_single_classifiers():
         torch.testing.assert_close(weight, alone.weight.detach())  # float32, the same formula
 
 
+def test_ignored_images_teach_the_other_half_only():
+    """Twenty of 96 images, in batches of 32: each classifier against one by the plain formula."""
+    torch.manual_seed(0)
+    features, labels, ignored = torch.randn(96, 12), torch.randint(0, 5, (96,)), torch.arange(20)
+    data = common.Dataset(features, labels, features, labels, list("abcde"))
+    args, orders = Namespace(epochs=3, batch_size=32, seed=1), []
+
+    def features_of(index, generator):
+        orders.append(index)
+        return features[index]
+
+    rates = [0.1, 1.0, 0.1, 1.0]
+    wide = linear_eval.train_linear(data, torch.arange(96), rates, args, features_of, ignored)
+    assert [sorted(order.tolist()) for order in orders] == [list(range(96))] * 3
+    for i, (weight, rate) in enumerate(zip(wide.weight.split(5), rates)):
+        alone = nn.Linear(12, 5)
+        nn.init.zeros_(alone.weight)
+        nn.init.zeros_(alone.bias)
+        optimizer = torch.optim.SGD(alone.parameters(), lr=rate, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9)
+        for batch in torch.cat(orders).split(32):
+            rows = batch[batch >= 20] if i < 2 else batch
+            optimizer.zero_grad()
+            F.cross_entropy(alone(features[rows]), labels[rows]).backward()
+            optimizer.step()
+            schedule.step()
+        torch.testing.assert_close(weight, alone.weight.detach())  # float32, the same formula
+
+
+def test_crops_are_shared_and_as_precise_as_in_training(monkeypatch):
+    """One pass over the crops, which are float32 in bf16 too, and no grid but on the crops."""
+    passes, crops, train = [], {}, linear_eval.train_linear
+    data, backbone = common.draw_shapes(64, 16), common.resnet18(1)
+    for precision in ("fp32", "bf16"):
+        flags = ["run", *QUICK, "--epochs", "1", "--precision", precision]
+        args, seen = linear_eval.arguments().parse_args(flags), []
+
+        def watched_train(features, index, rates, *others):
+            passes.append((len(index), list(rates)))
+            return train(features, index, rates, *others)
+
+        monkeypatch.setattr(linear_eval, "train_linear", watched_train)
+        hook = backbone.register_forward_pre_hook(lambda _, views, seen=seen: seen.append(views))
+        features = linear_eval.extract_features(backbone, data, args)
+        linear_eval.evaluate(backbone, data, features, args)
+        hook.remove()
+        crops[precision] = seen[-1][0]
+    assert passes == [(64, [0.1, 1.0, 10.0] * 2)] * 2
+    assert crops["fp32"].shape == (64, 3, 32, 32) and torch.equal(crops["fp32"], crops["bf16"])
+
+
 def test_learning_rate_is_chosen_on_held_out_images():
     """The images are noise: a classifier knows the labels of those that it was trained on only."""
     torch.manual_seed(0)

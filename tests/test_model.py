@@ -78,14 +78,21 @@ def test_monitor_counts_right_predictions():
 
 
 def test_features_are_of_the_eval_mode_and_leave_the_backbone_alone():
-    images, backbone = common.draw_shapes(100, 10).train_images, common.resnet18(2).train()
+    images, backbone = common.draw_shapes(1100, 10).train_images, common.resnet18(2).train()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    features = common.extract_features(backbone, images, ARGS, batch_size=33)
+    features = common.extract_features(backbone, images, ARGS)  # in two chunks
     torch.testing.assert_close(dict(backbone.state_dict()), before, rtol=0, atol=0)
     assert backbone.training
     normalize = torchvision.transforms.Normalize(common.MEAN, common.STD)
     expected = backbone.eval()(normalize(images.permute(0, 3, 1, 2) / 255))
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_fp32_means_that_convolutions_do_not_round_to_tf32():
+    for precision in ("bf16", "fp32"):
+        flags = ["--precision", precision, "--device", "cpu"]
+        common.choose_hardware(simco.arguments().parse_args(flags))
+        assert torch.backends.cudnn.allow_tf32 == (precision == "bf16")
 
 
 def test_learning_rate():
