@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,7 +63,7 @@ def launch(main):
 
 
 # Entries of args.json that may differ when a run is resumed or repeated.
-MACHINE_FLAGS = ("data", "out", "device", "compile", "changed", "environment")
+MACHINE_FLAGS = ("data", "out", "device", "compile", "cuda_graph", "changed", "environment")
 
 
 class Parser(argparse.ArgumentParser):
@@ -142,6 +143,7 @@ def argument_parser(method, description, loss):
     add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: a GPU if present")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of the encoders")
     add("--compile", default="auto", choices=("auto", "on", "off"), help="auto: on a GPU")
+    add("--cuda-graph", default="auto", choices=("auto", "on", "off"), help="auto: where possible")
     add("--deterministic", action="store_true", help="the same bits in every run on a GPU; slower")
     return parser
 
@@ -165,6 +167,13 @@ def setup(args):
     if args.compile == "auto":
         has_compiler = shutil.which(os.environ.get("CC", "gcc")) or shutil.which("clang")
         args.compile = "on" if args.device == "cuda" and has_compiler else "off"
+    draws = getattr(args, "num_negatives", None) or getattr(args, "memory_bank", False)
+    can_record = args.device == "cuda" and processes == 1 and not draws  # it would repeat the draws
+    needs = "a GPU, one process, and no negatives that are drawn"
+    require(can_record or args.cuda_graph != "on", f"--cuda-graph on needs {needs}")
+    args.cuda_graph = "on" if can_record and args.cuda_graph != "off" else "off"
+    if args.cuda_graph == "on":
+        torch.cuda.set_stream(torch.cuda.Stream())  # on the default one, nothing can be recorded
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it
         torch.use_deterministic_algorithms(True)
@@ -254,6 +263,9 @@ def from_rank_zero(function, *arguments):
         dist.broadcast_object_list(outcome)
     require(outcome[1] is None, outcome[1])
     return outcome[0]
+
+
+compiled = cache(torch.compile)  # each function once
 
 
 def parallelize(model, args):
@@ -467,20 +479,20 @@ def batches(data, epoch, args):
     index = torch.randperm(num_images, generator=generator, device=device)
     num_views = 2 * num_steps * args.batch_size
     choices = draw_choices(num_views, image_size, generator, args.augmentation)
-    choices1, choices2 = choices.rows(slice(0, None, 2)), choices.rows(slice(1, None, 2))
-    view_of = torch.compile(augment) if args.compile == "on" else augment
+    # This process's part: of each step first all first views, then all second ones.
+    index = index[: num_views // 2].view(num_steps, world_size(), share)[:, rank()]
+    parts = (field.unflatten(0, (num_steps, world_size(), share, 2)) for field in choices)
+    choices = Choices(*(part[:, rank()].transpose(1, 2).flatten(1, 2) for part in parts))
+    views_of = compiled(augment) if args.compile == "on" else augment
     several_groups = args.bn_splits > 1 or (world_size() > 1 and not args.sync_bn)
     hidden = rank() > 0 or None  # None: shown on a terminal only
     for step in tqdm(range(num_steps), f"epoch {epoch + 1}", leave=False, disable=hidden):
-        begin = step * args.batch_size + rank() * share
-        mine = slice(begin, begin + share)
-        images, labels = data.train_images[index[mine]], data.train_labels[index[mine]]
-        view1 = view_of(images, choices1.rows(mine), args.augmentation)
-        view2 = view_of(images, choices2.rows(mine), args.augmentation)
+        images, labels = data.train_images[index[step]], data.train_labels[index[step]]
+        views = views_of(images.repeat(2, 1, 1, 1), choices.rows(step), args.augmentation)
         generator = seeded_generator(device, args.seed, epoch, step + 1)
-        permutation = torch.rand(args.batch_size, generator=generator, device=device).argsort()
-        shuffle = permutation if several_groups else None
-        yield Batch(view1, view2, index[mine], labels, shuffle, generator)
+        chance = torch.rand(args.batch_size, generator=generator, device=device)
+        permutation = chance.argsort() if several_groups else None
+        yield Batch(*views.chunk(2), index[step], labels, permutation, generator)
 
 
 def seeded_generator(device, *numbers):
@@ -792,13 +804,14 @@ def dual_temperature_weight(positive, negative, log_odds, t_beta):
 
 def contrastive_loss(q, k, args, generator, queue=None):
     """The loss that --loss names. q, k, generator, queue: see `similarities`."""
-    num_negatives = getattr(args, "num_negatives", None)
-    sampling = dict(num_negatives=num_negatives, generator=generator)
-    if args.loss == "dcl":
-        return dcl_loss(q, k, args.moco_t, queue, **sampling)
-    if args.loss == "dual":
-        return dual_temperature_loss(q, k, args.moco_t, args.dt_m, queue, **sampling)
-    return info_nce_loss(q, k, args.moco_t, queue, args.alpha, **sampling)  # EqCo: with alpha
+    losses = dict(dcl=dcl_loss, dual=dual_temperature_loss)
+    loss = losses.get(args.loss, info_nce_loss)
+    if args.compile == "on":
+        loss = compiled(loss)
+    flags = dict(queue=queue, generator=generator)
+    flags.update(num_negatives=getattr(args, "num_negatives", None))
+    flags.update(dict(dcl={}, dual=dict(dt_m=args.dt_m)).get(args.loss, dict(alpha=args.alpha)))
+    return loss(q, k, args.moco_t, **flags)
 
 
 @torch.no_grad()
@@ -835,7 +848,8 @@ class Probe:
     def __init__(self, args, backbone, num_classes, device):
         self.args, self.backbone, self.features = args, backbone, []
         self.classifier = nn.Linear(backbone.num_features, num_classes).to(device)
-        self.optimizer = torch.optim.SGD(self.classifier.parameters(), lr=0.3, momentum=0.9)
+        flags = dict(lr=0.3, momentum=0.9, weight_decay=0)
+        self.optimizer = build_optimizer(self.classifier.parameters(), args, **flags)
         self.loss_of = torch.compile(self.loss) if args.compile == "on" else self.loss
         if args.probe != "off":
             backbone.register_forward_hook(self.keep_features)
@@ -960,6 +974,18 @@ def effective_rank(x):
 SECONDS_BETWEEN_CHECKPOINTS = 60
 
 
+def build_optimizer(parameters, args, **flags):
+    """SGD by the flags of the run, or by `flags`. On a GPU the learning rate is a tensor, which the
+    fused SGD reads there: in a CUDA graph, a number would stay what it was at the recording."""
+    flags = dict(lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay) | flags
+    if args.device == "cuda":
+        flags.update(lr=torch.tensor(flags["lr"], device="cuda"), fused=True)
+    optimizer = torch.optim.SGD(parameters, **flags)
+    groups = optimizer.state_dict()["param_groups"]  # of this machine, not of the checkpoint's
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: {**state, "param_groups": groups})
+    return optimizer
+
+
 def adjust_learning_rate(optimizer, epoch, args, peak=None):
     """Set the learning rate of an epoch (0-based) as the DT authors do: a linear warm-up from 0.003
     to `peak`, by default lr * batch_size / 256, then a cosine to 0; or, with --schedule step, a
@@ -975,7 +1001,41 @@ def adjust_learning_rate(optimizer, epoch, args, peak=None):
         lr = peak * 0.1 ** ((5 * epoch >= 3 * args.epochs) + (5 * epoch >= 4 * args.epochs))
     else:
         lr = peak * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (args.epochs - warmup)))
-    optimizer.param_groups[0]["lr"] = lr
+    group = optimizer.param_groups[0]
+    group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr
+
+
+class CUDAGraph:
+    """A training step whose kernels the GPU repeats without being told each anew: to launch some
+    700 takes the host several milliseconds, more than the GPU needs for a small batch. The first
+    steps run as they are, so that everything is compiled, tuned and allocated; the next one is
+    recorded. From then on, a step returns the same tensors, with new values."""
+
+    def __init__(self, step, probe):
+        self.step, self.probe, self.graph, self.calls = step, probe, None, 0
+
+    def __call__(self, batch):
+        self.calls += 1
+        if self.calls == 4:
+            self.record(batch)
+        if self.graph is None:
+            return self.step(batch)
+        for mine, given in zip(self.batch, batch):
+            if torch.is_tensor(given):
+                mine.copy_(given)
+        self.graph.replay()
+        return self.outputs
+
+    def record(self, batch):
+        self.batch = Batch(*(x.clone() if torch.is_tensor(x) else x for x in batch))
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                self.outputs = [x.detach() for x in self.step(self.batch)]
+            self.graph = graph
+        except RuntimeError as error:
+            self.probe.features.clear()  # they were recorded, but not computed
+            print(f"no CUDA graph, so slower: {str(error).splitlines()[0]}", flush=True)
 
 
 def read_json(path):
@@ -1089,7 +1149,10 @@ class Run:
         log.write_text("".join(logged[: epoch + 1]))
         self.tensorboard = SummaryWriter(path, purge_step=epoch + 1 if epoch > 0 else 0)
         resumed = f", resumed after epoch {epoch}" if epoch > 0 else ""
-        print(f"{args.method}, {args.precision}, {environment} -> {path}{resumed}", flush=True)
+        how = f"{args.precision}, {'compiled' if args.compile == 'on' else 'eager'}"
+        if args.device == "cuda":
+            how += ", CUDA graph" if args.cuda_graph == "on" else ", no CUDA graph"
+        print(f"{args.method}, {how}, {environment} -> {path}{resumed}", flush=True)
         return checkpoint
 
     def load(self, checkpoint):
@@ -1103,7 +1166,11 @@ class Run:
         self.started, self.step = time.perf_counter(), 0
         self.loss_sum = torch.zeros((), device=self.device)
 
-    def record(self, loss, batch, q, k, queue=None):
+    def cuda_graph(self, step):
+        """Decorator: the training step, a function of a Batch, as a CUDAGraph if --cuda-graph."""
+        return CUDAGraph(step, self.probe) if self.args.cuda_graph == "on" else step
+
+    def record(self, batch, loss, q, k, queue=None):
         """Note a step, without waiting for the device. The last one of an epoch goes into the log:
         its views, and the similarities of its q and k [N, C] and of the queue [K, C]."""
         self.loss_sum += loss.detach()
@@ -1115,7 +1182,7 @@ class Run:
     def end_epoch(self, epoch):
         """After an epoch (0-based): kNN if it is due, log, checkpoint. Raises UserError if the loss
         is not finite or a file cannot be written; the last checkpoint stays."""
-        args, finished, lr = self.args, epoch + 1, self.optimizer.param_groups[0]["lr"]
+        args, finished, lr = self.args, epoch + 1, float(self.optimizer.param_groups[0]["lr"])
         loss = all_reduce_sum(self.loss_sum).item() / (self.step * world_size())
         training_seconds = time.perf_counter() - self.started
         where = f"epoch {finished}, at lr {lr:.4g} in {args.precision}; a lower --lr may help"

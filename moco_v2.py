@@ -79,35 +79,38 @@ def main():
     torch.manual_seed(args.seed)
     model = MemoryBank(args, len(data.train_images)) if args.memory_bank else MoCo(args)
     model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        model.encoder_q.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay
-    )
+    optimizer = common.build_optimizer(model.encoder_q.parameters(), args)
     run = common.Run(args, model, optimizer, model.encoder_q.backbone, data)
     parallel_model = common.parallelize(model, args)
+
+    @run.cuda_graph
+    def step(batch):
+        if args.memory_bank:
+            model.look_up(batch.index, batch.generator)
+        with autocast(args):
+            q, k = parallel_model(batch.view1, batch.view2, batch.permutation)  # NxC each
+        loss, keys = contrastive_loss(q, k, args, batch.generator, model.queue), [k]
+        if args.symmetric:
+            with autocast(args):
+                q2, k1 = parallel_model(batch.view2, batch.view1, batch.permutation)
+            loss = 0.5 * (loss + contrastive_loss(q2, k1, args, batch.generator, model.queue))
+            keys.append(k1)
+        run.probe.step(batch)  # learns on the side: training does not notice
+
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.momentum_update_key_encoder()
+        return loss, q, *keys
 
     for epoch in range(run.start_epoch, args.epochs):
         adjust_learning_rate(optimizer, epoch, args)
         model.train()
         for batch in common.batches(data, epoch, args):
-            if args.memory_bank:
-                model.look_up(batch.index, batch.generator)
-            with autocast(args):
-                q, k = parallel_model(batch.view1, batch.view2, batch.permutation)  # NxC each
-            loss = contrastive_loss(q, k, args, batch.generator, model.queue)
-            if args.symmetric:
-                with autocast(args):
-                    q2, k1 = parallel_model(batch.view2, batch.view1, batch.permutation)
-                loss = 0.5 * (loss + contrastive_loss(q2, k1, args, batch.generator, model.queue))
-            run.probe.step(batch)  # learns on the side: training does not notice
-
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            run.record(loss, batch, q, k, model.queue)
-            model.momentum_update_key_encoder()
-            model.dequeue_and_enqueue(k)
-            if args.symmetric:
-                model.dequeue_and_enqueue(k1)
+            loss, q, *keys = step(batch)
+            run.record(batch, loss, q, keys[0], model.queue)
+            for k in keys:
+                model.dequeue_and_enqueue(k)
         run.end_epoch(epoch)
 
 

@@ -53,26 +53,28 @@ def main():
 
     torch.manual_seed(args.seed)
     model = SimCo(args).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        model.encoder.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay
-    )
+    optimizer = common.build_optimizer(model.encoder.parameters(), args)
     run = common.Run(args, model, optimizer, model.encoder.backbone, data)
     parallel_model = common.parallelize(model, args)
+
+    @run.cuda_graph
+    def step(batch):
+        with autocast(args):
+            q1, q2 = parallel_model(batch.view1, batch.view2)  # NxC each, L2-normalised
+        loss = contrastive_loss(q1, q2, args, batch.generator)
+        loss = 0.5 * (loss + contrastive_loss(q2, q1, args, batch.generator))
+        run.probe.step(batch)  # learns on the side: training does not notice
+
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss, q1, q2
 
     for epoch in range(run.start_epoch, args.epochs):
         adjust_learning_rate(optimizer, epoch, args)
         model.train()
         for batch in common.batches(data, epoch, args):
-            with autocast(args):
-                q1, q2 = parallel_model(batch.view1, batch.view2)  # NxC each, L2-normalised
-            loss = contrastive_loss(q1, q2, args, batch.generator)
-            loss = 0.5 * (loss + contrastive_loss(q2, q1, args, batch.generator))
-            run.probe.step(batch)  # learns on the side: training does not notice
-
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            run.record(loss, batch, q1, q2)
+            run.record(batch, *step(batch))
         run.end_epoch(epoch)
 
 

@@ -68,30 +68,32 @@ def main():
 
     torch.manual_seed(args.seed)
     model = SimMoCo(args).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        model.encoder_q.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay
-    )
+    optimizer = common.build_optimizer(model.encoder_q.parameters(), args)
     run = common.Run(args, model, optimizer, model.encoder_q.backbone, data)
     parallel_model = common.parallelize(model, args)
+
+    @run.cuda_graph
+    def step(batch):
+        with autocast(args):
+            q, k = parallel_model(batch.view1, batch.view2, batch.permutation)  # NxC each
+        loss = contrastive_loss(q, k, args, batch.generator)
+        if args.symmetric:
+            with autocast(args):
+                q2, k1 = parallel_model(batch.view2, batch.view1, batch.permutation)
+            loss = 0.5 * (loss + contrastive_loss(q2, k1, args, batch.generator))
+        run.probe.step(batch)  # learns on the side: training does not notice
+
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.momentum_update_key_encoder()
+        return loss, q, k
 
     for epoch in range(run.start_epoch, args.epochs):
         adjust_learning_rate(optimizer, epoch, args)
         model.train()
         for batch in common.batches(data, epoch, args):
-            with autocast(args):
-                q, k = parallel_model(batch.view1, batch.view2, batch.permutation)  # NxC each
-            loss = contrastive_loss(q, k, args, batch.generator)
-            if args.symmetric:
-                with autocast(args):
-                    q2, k1 = parallel_model(batch.view2, batch.view1, batch.permutation)
-                loss = 0.5 * (loss + contrastive_loss(q2, k1, args, batch.generator))
-            run.probe.step(batch)  # learns on the side: training does not notice
-
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            run.record(loss, batch, q, k)
-            model.momentum_update_key_encoder()
+            run.record(batch, *step(batch))
         run.end_epoch(epoch)
 
 

@@ -73,13 +73,14 @@ def tiny_run(run_script, tmp_path):
 
 
 def launchers(where, restarts=0):
-    """Commands, run at the same time, to start a script on 2 or 4 processes, or "two machines"."""
+    """Commands, run at the same time, to start a script on `where` processes, or on "two machines"
+    with two processes each."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--max-restarts={restarts}"]
     if where != "two machines":
         return [[*torchrun, "--standalone", f"--nproc_per_node={where}"]]
     with socket.create_server(("localhost", 0)) as free:
         endpoint = f"--rdzv-endpoint=localhost:{free.getsockname()[1]}"
-    agent = "--nnodes=2 --nproc_per_node=1 --rdzv-backend=c10d --rdzv-id=test".split()
+    agent = "--nnodes=2 --nproc_per_node=2 --rdzv-backend=c10d --rdzv-id=test".split()
     return [[*torchrun, *agent, "--local-addr=localhost", endpoint]] * 2
 
 

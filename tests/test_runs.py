@@ -153,6 +153,16 @@ def test_a_run_from_before_the_probe(tiny_run, interrupted_run, fails_plainly):
     assert_same_bits(whole, out)
 
 
+def test_a_run_of_a_gpu_resumes_without_one(tiny_run, interrupted_run):
+    """The fused SGD, and its learning rate on the device, are not the CPU's."""
+    whole, out = tiny_run("simco", "--epochs", "4"), interrupted_run(6, "simco", "--epochs", "4")
+    checkpoint = weights(out)
+    for optimizer in (checkpoint["optimizer"], checkpoint["probe"]["optimizer"]):
+        optimizer["param_groups"][0].update(fused=True, lr=torch.tensor(0.5))
+    torch.save(checkpoint, out / "checkpoint.pth")
+    assert_same_bits(tiny_run("simco", "--epochs", "4", "--out", out), whole)
+
+
 def start(*command):
     command = [sys.executable, *map(str, command)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -224,16 +234,15 @@ def test_out_that_cannot_be_used(fails_plainly, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.parametrize("where, count", [(4, 4), ("two machines", 2)])
-def test_processes_compute_the_gradient_of_one(where, count, tmp_path):
+def test_processes_compute_the_gradient_of_one(tmp_path):
     """The global batch is the same as on one: views, loss, gradients, queue, and the probe."""
-    start_script(where, ROOT / "tests" / "distributed_worker.py", tmp_path)
+    start_script("two machines", ROOT / "tests" / "distributed_worker.py", tmp_path)
     parts = [torch.load(path) for path in sorted(tmp_path.iterdir())]
-    assert len(parts) == count
+    assert len(parts) == 4
     for method, one in distributed_worker.compute_all().items():
         shares = [part[method] for part in parts]
         assert torch.equal(one["views"], torch.cat([share["views"] for share in shares], dim=1))
-        loss = sum(share["loss"] for share in shares) / count
+        loss = sum(share["loss"] for share in shares) / len(shares)
         torch.testing.assert_close(loss, one["loss"], rtol=1e-5, atol=0)
         for share in shares:
             for name, gradient in one["gradients"].items():
