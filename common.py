@@ -978,9 +978,9 @@ def build_optimizer(parameters, args, **flags):
     """SGD by the flags of the run, or by `flags`. On a GPU the learning rate is a tensor, which the
     fused SGD reads there: in a CUDA graph, a number would stay what it was at the recording."""
     flags = dict(lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay) | flags
+    optimizer = torch.optim.SGD(parameters, fused=True if args.device == "cuda" else None, **flags)
     if args.device == "cuda":
-        flags.update(lr=torch.tensor(flags["lr"], device="cuda"), fused=True)
-    optimizer = torch.optim.SGD(parameters, **flags)
+        optimizer.param_groups[0]["lr"] = torch.tensor(flags["lr"], device="cuda")
     groups = optimizer.state_dict()["param_groups"]  # of this machine, not of the checkpoint's
     optimizer.register_load_state_dict_pre_hook(lambda _, state: {**state, "param_groups": groups})
     return optimizer
