@@ -1,7 +1,7 @@
 """What moco_v2.py, simmoco.py and simco.py share, in the order in which the data flows:
 
     1. errors and flags    4. augmentation    7. monitors
-    2. processes           5. network         8. run directory
+    2. processes           5. network         8. run: optimizer to checkpoint
     3. datasets            6. losses
 
 Papers, by the names used below: MoCo (arXiv 1911.05722), MoCo v2 (2003.04297), EqCo (2010.01929),
@@ -969,7 +969,7 @@ def effective_rank(x):
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. Run directory: learning rate, log, TensorBoard, checkpoint, resume
+# 8. Run: optimizer, learning rate, CUDA graph; run directory: log, TensorBoard, checkpoint, resume
 
 SECONDS_BETWEEN_CHECKPOINTS = 60
 
@@ -978,8 +978,9 @@ def build_optimizer(parameters, args, **flags):
     """SGD by the flags of the run, or by `flags`. On a GPU the learning rate is a tensor, which the
     fused SGD reads there: in a CUDA graph, a number would stay what it was at the recording."""
     flags = dict(lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay) | flags
-    optimizer = torch.optim.SGD(parameters, fused=True if args.device == "cuda" else None, **flags)
-    if args.device == "cuda":
+    how = dict(fused=True) if args.device == "cuda" else {}
+    optimizer = torch.optim.SGD(parameters, **flags, **how)
+    if args.device == "cuda":  # not before: SGD would wait for it, to compare it with 0
         optimizer.param_groups[0]["lr"] = torch.tensor(flags["lr"], device="cuda")
     groups = optimizer.state_dict()["param_groups"]  # of this machine, not of the checkpoint's
     optimizer.register_load_state_dict_pre_hook(lambda _, state: {**state, "param_groups": groups})
