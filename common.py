@@ -1007,10 +1007,10 @@ def adjust_learning_rate(optimizer, epoch, args, peak=None):
 
 
 class CUDAGraph:
-    """A training step whose kernels the GPU repeats without being told each anew: to launch some
-    700 takes the host several milliseconds, more than the GPU needs for a small batch. The first
-    steps run as they are, so that everything is compiled, tuned and allocated; the next one is
-    recorded. From then on, a step returns the same tensors, with new values."""
+    """A training step whose kernels are all launched at once. One by one, some 500 to 1000 of them
+    take the host several milliseconds, which may be longer than the GPU needs for a small batch.
+    The first three steps run as usual, so that everything is compiled, tuned and allocated; the
+    fourth is recorded. From then on, a step returns the same tensors, with new values."""
 
     def __init__(self, step, probe):
         self.step, self.probe, self.graph, self.calls = step, probe, None, 0

@@ -47,7 +47,7 @@ def arguments():
     add("--untrained", action="store_true", help="evaluate the network as it was before training")
     labels = dict(nargs="+", type=number_or_all, metavar="N")
     add("--labels-per-class", **labels, help="use N training images of each class; or all")
-    add("--epochs", default=100, type=number(int, 1), help="of each of the two trainings")
+    add("--epochs", default=100, type=number(int, 1), help="passes over the training images")
     add("--batch-size", default=256, type=number(int, 1), help="images per step")
     grid = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
     add("--lrs", default=grid, nargs="+", type=number(float, 1e-6), help="learning rates to try")

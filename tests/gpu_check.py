@@ -1,5 +1,5 @@
-"""For whoever has a GPU: does it compute what the CPU computes, how fast is it, and what would the
-results table take? Three minutes on a recent GPU and 16 CPU cores.
+"""For whoever has a GPU: does it compute what the CPU computes, how fast is it, and how long would
+the results table take? It should take three minutes with 16 CPU cores, but has not been tried yet.
 
     python tests/gpu_check.py
     python tests/gpu_check.py --methods simco --batch-sizes 256
