@@ -160,7 +160,7 @@ def compare_steps(module, flags, theirs):
             optimizer.step()
             theirs.trainer.global_step += 1
             theirs.on_train_batch_end(None, None, step, 0)  # updates the key encoder
-            row = dict(losses=difference(record.call_args.args[1], logged["train_nce_loss"]))
+            row = dict(losses=difference(record.call_args.args[2], logged["train_nce_loss"]))
             for name, encoder in model.named_children():
                 pairs = zip(encoder.parameters(), copies[name].parameters())
                 row[name] = max(difference(*pair) for pair in pairs)
