@@ -22,9 +22,12 @@ STATISTICS = "probe_top1 knn_top1 alignment uniformity effective_rank".split()
 
 
 def read(run):
-    """What result.json and the last line of log.jsonl say, and `at_rate`, the accuracy at RATE."""
+    """What result.json and the last line of log.jsonl say; `at_rate`, the accuracy at RATE; of the
+    training, its precision and the minutes that it took."""
     figures = json.loads((run / "result.json").read_text())
-    figures.update(json.loads((run / "log.jsonl").read_text().splitlines()[-1]))
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    figures.update(log[-1], precision=json.loads((run / "args.json").read_text())["precision"])
+    figures["minutes"] = round(sum(entry.get("seconds", 0) for entry in log) / 60)
     at_rate = run / f"result-lr-{RATE}.json"
     other = json.loads(at_rate.read_text()) if at_rate.exists() else figures
     figures["at_rate"] = other["linear_top1"] if other["linear_lr"] == RATE else None
@@ -35,12 +38,14 @@ def tables(root):
     """Both tables, as two lists of lines."""
     runs = {path.parent.name: read(path.parent) for path in sorted(root.rglob("result.json"))}
     statistics = "probe | kNN | alignment | uniformity | effective rank |"
-    each = [f"| run | linear | its rate | at {RATE} | {statistics}", "|---" * 9 + "|"]
+    each = [f"| run | linear | its rate | at {RATE} | {statistics} precision | minutes |"]
+    each.append("|---" * 11 + "|")
     settings = defaultdict(list)
     for name, figures in runs.items():
         values = [figures.get(name) for name in ("linear_top1", "at_rate", *STATISTICS)]
         words = [in_words([value]) for value in values]  # runs from before the probe have few
-        each.append(f"| {name} | {words[0]} | {figures['linear_lr']} | {' | '.join(words[1:])} |")
+        cells = [name, words[0], figures["linear_lr"], *words[1:], figures["precision"]]
+        each.append(f"| {' | '.join(map(str, cells))} | {figures['minutes']} |")
         # With dt_m = 1 the weight is 1: that is InfoNCE, with other roundings.
         setting = re.sub("dt-m-1$", "loss-infonce", re.sub(r"-seed\d+$", "", name))
         settings[setting].append(values[1:])
