@@ -281,20 +281,19 @@ def load(args):
     return *read_backbone(f"{args.run}/checkpoint.pth", run_args.stem_padding), run_args
 
 
-RECIPE = """**CIFAR-100, ResNet-18, 200 epochs** (test top-1 in percent: linear / probe / kNN)
-
-| | batch 64 | batch 128 | batch 256 | batch 512 | batch 1024 |
-|---|---|---|---|---|---|
-| MoCo v2 | {} | {} | {} | {} | {} |
-| MoCo v2, published (probe) | 52.58 | 54.40 | 53.28 | 51.47 | 48.90 |
-| SimMoCo | {} | {} | {} | {} | {} |
-| SimMoCo, published (probe) | 54.02 | 54.93 | 54.11 | 52.45 | 49.70 |
-| SimCo | {} | {} | {} | {} | {} |
-| SimCo, published (probe) | 58.04 | 58.29 | 58.35 | 57.08 | 55.34 |
-
+SIZES = (64, 128, 256, 512, 1024)
+PUBLISHED = {  # by Zhang et al., arXiv 2203.17248
+    "MoCo v2": "52.58 54.40 53.28 51.47 48.90".split(),
+    "SimMoCo": "54.02 54.93 54.11 52.45 49.70".split(),
+    "SimCo": "58.04 58.29 58.35 57.08 55.34".split(),
+}
+NOTE = """\
 Compare a published figure with the probe beside it, not with linear: the authors' code computes no
 other linear figure than that of such a probe, which learns along with the network.
-"""  # published by Zhang et al., arXiv 2203.17248
+
+"""
+MINIATURE = "subset 10000, epochs 60, width 16"
+SHORT_QUEUE = "moco-k 13107"  # to 10 000 images what 65536 keys are to 50 000
 TITLES = dict(moco_v2="MoCo v2", simmoco="SimMoCo", simco="SimCo")
 IGNORED = (*common.MACHINE_FLAGS, "method", "seed", "batch_size", "precision", "knn_every")
 
@@ -323,11 +322,19 @@ def last_probe(run):
     return json.loads(lines[-1]).get("probe_top1")
 
 
-def table(root):
-    """Markdown: the recipe's table, if a run is on CIFAR-100, and a row for each other setting."""
-    results, others, notes = defaultdict(list), "", []
-    sizes = (64, 128, 256, 512, 1024)
-    recipe = {(title, size): "–" for title in TITLES.values() for size in sizes}
+def grid(heading, rows):
+    """Markdown: a row for each title in the dict, with a figure in words for each of SIZES."""
+    sizes = "".join(f" batch {size} |" for size in SIZES)
+    text = f"**{heading}** (test top-1 in percent: linear / probe / kNN)\n\n| |{sizes}\n"
+    text += "|---|---|---|---|---|---|\n"
+    text += "".join(f"| {title} | {' | '.join(row)} |\n" for title, row in rows.items())
+    return text + "\n"
+
+
+def finished_runs(root):
+    """The results of the evaluated runs below a directory: {(flags, title, batch size): list of
+    dict}, in order, and a list of notes on what is not among them."""
+    results, notes = defaultdict(list), []
     for path in sorted(Path(root).rglob("result.json")):
         run_args, result = read_args(path.parent), common.read_json(path)
         flags, size = changed_flags(run_args), run_args.batch_size
@@ -339,23 +346,40 @@ def table(root):
         elif "epoch" in result:
             notes.append(f"Not shown: {path.parent}, evaluated after epoch {result['epoch']}.")
     require(results, f"no result.json of a finished run below '{root}'")
-    for (flags, title, size), rows in sorted(results.items()):
+    return dict(sorted(results.items())), notes
+
+
+def table(root):
+    """Markdown: every method at every batch size, by the recipe and in miniature, as far as runs
+    are there, and a row for each other setting."""
+    results, notes = finished_runs(root)
+    cells, text = {}, ""
+    for (flags, title, size), rows in results.items():
         names = ("linear_top1", "probe_top1", "knn_top1")
-        figures = [in_words([row.get(name) for row in rows]) for name in names]
-        if not flags and (title, size) in recipe:
-            recipe[title, size] = " / ".join(figures)
-        else:
-            others += f"| {title} | {flags} | {size} | {' | '.join(figures)} | {len(rows)} |\n"
+        cells[flags, title, size] = [in_words([row.get(name) for row in rows]) for name in names]
         if len({str(row["protocol"]) for row in rows}) > 1:
             notes.append(f"Evaluated by several protocols: {title}, batch {size}, {flags}.")
-    text = ""
-    if any("dataset" not in flags for flags, _, _ in results):  # CIFAR-100 is the default
-        text += RECIPE.format(*recipe.values()) + "\n"
-    if others:
+
+    def by_size(flags, title):
+        return [" / ".join(cells.pop((flags, title, size), "–")) for size in SIZES]
+
+    if any("dataset" not in flags for flags, _, _ in cells):  # CIFAR-100 is the default
+        rows = {}
+        for title, published in PUBLISHED.items():
+            rows |= {title: by_size("", title), f"{title}, published (probe)": published}
+        text += grid("CIFAR-100, ResNet-18, 200 epochs", rows) + NOTE
+    rows = {title: by_size(MINIATURE, title) for title in PUBLISHED}
+    rows[f"MoCo v2, {SHORT_QUEUE}"] = by_size(f"{MINIATURE}, {SHORT_QUEUE}", "MoCo v2")
+    if any(figures != "–" for row in rows.values() for figures in row):
+        text += grid(f"In miniature: {MINIATURE}", rows)
+    if cells:
         text += "**Other settings** (top-1 in percent on the test set)\n\n"
         text += "| method | flags | batch | linear | probe | kNN | seeds |\n"
         text += "|---|---|---|---|---|---|---|\n"
-    return "\n".join([text + others, *notes]).strip()
+    for (flags, title, size), figures in cells.items():
+        seeds = len(results[flags, title, size])
+        text += f"| {title} | {flags} | {size} | {' | '.join(figures)} | {seeds} |\n"
+    return "\n".join([text, *notes]).strip()
 
 
 def main():

@@ -226,13 +226,29 @@ def test_tables(tmp_path, run_script, capsys):
     write_result(tmp_path, "simmoco", "--epochs 2 --symmetric", 11.0, epoch=2, untrained=floor)
     write_result(tmp_path, "simco", "--dt-m 1", 57.0, cached=True, probe=56.0)
     write_result(tmp_path, "simco", "--dt-m 1 --seed 1", 57.0)
+    small = "--subset 10000 --epochs 60 --width 16 --batch-size"
+    write_result(tmp_path, "simco", f"{small} 32", 20.0, epoch=60)  # no column of the table
+    assert "miniature" not in linear_eval.table(tmp_path)
+    write_result(tmp_path, "simco", f"{small} 64", 30.0, epoch=60, probe=27.0)
+    write_result(tmp_path, "simco", f"{small} 64 --seed 1", 31.0, epoch=60, probe=27.0)
+    write_result(tmp_path, "moco_v2", f"{small} 128 --moco-k 13107", 22.0, epoch=60)
+    write_result(tmp_path, "moco_v2", f"{small} 128 --moco-k 4096", 23.0, epoch=60)
     assert run_script(linear_eval, "--table", tmp_path) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[2] == "| | batch 64 | batch 128 | batch 256 | batch 512 | batch 1024 |"
     assert lines[4] == "| MoCo v2 | – | – | – | – | 48.50 / – / 40.00 |"
     simco = "58.50 ± 0.71 / 57.00 ± 0.00 / 40.00 ± 0.00"
     assert lines[8] == f"| SimCo | – | – | {simco} | – | – |"
+    rows = lines[lines.index(lines[2], 3) + 2 :]  # the table in miniature has the same columns
+    assert rows[0] == "| MoCo v2 | – | – | – | – | – |"
+    simco = "30.50 ± 0.71 / 27.00 ± 0.00 / 40.00 ± 0.00"
+    assert rows[2] == f"| SimCo | {simco} | – | – | – | – |"
+    assert rows[3] == "| MoCo v2, moco-k 13107 | – | 22.00 / – / 40.00 | – | – | – |"
     rows = lines[lines.index("| method | flags | batch | linear | probe | kNN | seeds |") + 2 :]
+    assert len(rows) == 9  # two of them are other runs with the flags of the table in miniature
+    flags = "subset 10000, epochs 60, width 16"
+    assert rows.pop(4) == f"| SimCo | {flags} | 32 | 20.00 | – | 40.00 | 1 |"
+    assert rows.pop(4) == f"| MoCo v2 | {flags}, moco-k 4096 | 128 | 23.00 | – | 40.00 | 1 |"
     assert rows[0] == "| SimCo | dataset cifar10 | 256 | 5.00 | – | 40.00 | 1 |"
     figures = "57.00 ± 0.00 | 56.00 (of 1) | 40.00 ± 0.00"
     assert rows[1] == f"| SimCo | dt-m 1.0 | 256 | {figures} | 2 |"
