@@ -281,19 +281,22 @@ def load(args):
     return *read_backbone(f"{args.run}/checkpoint.pth", run_args.stem_padding), run_args
 
 
-SIZES = (64, 128, 256, 512, 1024)
+BATCH_SIZES = (64, 128, 256, 512, 1024)
 PUBLISHED = {  # by Zhang et al., arXiv 2203.17248
     "MoCo v2": "52.58 54.40 53.28 51.47 48.90".split(),
     "SimMoCo": "54.02 54.93 54.11 52.45 49.70".split(),
     "SimCo": "58.04 58.29 58.35 57.08 55.34".split(),
 }
-NOTE = """\
+PROBE_NOTE = """
 Compare a published figure with the probe beside it, not with linear: the authors' code computes no
 other linear figure than that of such a probe, which learns along with the network.
-
 """
-MINIATURE = "subset 10000, epochs 60, width 16"
+MINIATURE = "subset 10000, epochs 60, width 16"  # as `changed_flags` writes it
 SHORT_QUEUE = "moco-k 13107"  # to 10 000 images what 65536 keys are to 50 000
+# The rows of the two tables by batch size: {name: (flags, method)}.
+RECIPE_ROWS = {method: ("", method) for method in PUBLISHED}
+MINIATURE_ROWS = {method: (MINIATURE, method) for method in PUBLISHED}
+MINIATURE_ROWS[f"MoCo v2, {SHORT_QUEUE}"] = (f"{MINIATURE}, {SHORT_QUEUE}", "MoCo v2")
 TITLES = dict(moco_v2="MoCo v2", simmoco="SimMoCo", simco="SimCo")
 IGNORED = (*common.MACHINE_FLAGS, "method", "seed", "batch_size", "precision", "knn_every")
 
@@ -322,18 +325,17 @@ def last_probe(run):
     return json.loads(lines[-1]).get("probe_top1")
 
 
-def grid(heading, rows):
-    """Markdown: a row for each title in the dict, with a figure in words for each of SIZES."""
-    sizes = "".join(f" batch {size} |" for size in SIZES)
-    text = f"**{heading}** (test top-1 in percent: linear / probe / kNN)\n\n| |{sizes}\n"
-    text += "|---|---|---|---|---|---|\n"
-    text += "".join(f"| {title} | {' | '.join(row)} |\n" for title, row in rows.items())
-    return text + "\n"
+def table_by_batch_size(heading, rows):
+    """Markdown. rows: {name: the cells, one for each of BATCH_SIZES}."""
+    names = "".join(f" batch {size} |" for size in BATCH_SIZES)
+    text = f"**{heading}** (test top-1 in percent: linear / probe / kNN)\n\n| |{names}\n"
+    text += "|---" * (1 + len(BATCH_SIZES)) + "|\n"
+    return text + "".join(f"| {name} | {' | '.join(cells)} |\n" for name, cells in rows.items())
 
 
 def finished_runs(root):
-    """The results of the evaluated runs below a directory: {(flags, title, batch size): list of
-    dict}, in order, and a list of notes on what is not among them."""
+    """The results of the evaluated runs below a directory, {(flags, method, batch size): list of
+    dict}, sorted, and notes on those that are left out, a list of str."""
     results, notes = defaultdict(list), []
     for path in sorted(Path(root).rglob("result.json")):
         run_args, result = read_args(path.parent), common.read_json(path)
@@ -350,36 +352,37 @@ def finished_runs(root):
 
 
 def table(root):
-    """Markdown: every method at every batch size, by the recipe and in miniature, as far as runs
-    are there, and a row for each other setting."""
+    """The Markdown tables of the runs below a directory: the published table and the one in
+    miniature, if it has runs of theirs, and a row for each other setting."""
     results, notes = finished_runs(root)
-    cells, text = {}, ""
-    for (flags, title, size), rows in results.items():
+    figures, tables = {}, []
+    for (flags, method, size), rows in results.items():
         names = ("linear_top1", "probe_top1", "knn_top1")
-        cells[flags, title, size] = [in_words([row.get(name) for row in rows]) for name in names]
+        figures[flags, method, size] = [in_words([row.get(name) for row in rows]) for name in names]
         if len({str(row["protocol"]) for row in rows}) > 1:
-            notes.append(f"Evaluated by several protocols: {title}, batch {size}, {flags}.")
+            notes.append(f"Evaluated by several protocols: {method}, batch {size}, {flags}.")
 
-    def by_size(flags, title):
-        return [" / ".join(cells.pop((flags, title, size), "–")) for size in SIZES]
+    def cells(flags, method):
+        return [" / ".join(figures.pop((flags, method, size), ["–"])) for size in BATCH_SIZES]
 
-    if any("dataset" not in flags for flags, _, _ in cells):  # CIFAR-100 is the default
+    recipe = {name: cells(*which) for name, which in RECIPE_ROWS.items()}
+    miniature = {name: cells(*which) for name, which in MINIATURE_ROWS.items()}
+    if any("dataset" not in flags for flags, _, _ in results):  # CIFAR-100 is the default
         rows = {}
-        for title, published in PUBLISHED.items():
-            rows |= {title: by_size("", title), f"{title}, published (probe)": published}
-        text += grid("CIFAR-100, ResNet-18, 200 epochs", rows) + NOTE
-    rows = {title: by_size(MINIATURE, title) for title in PUBLISHED}
-    rows[f"MoCo v2, {SHORT_QUEUE}"] = by_size(f"{MINIATURE}, {SHORT_QUEUE}", "MoCo v2")
-    if any(figures != "–" for row in rows.values() for figures in row):
-        text += grid(f"In miniature: {MINIATURE}", rows)
-    if cells:
-        text += "**Other settings** (top-1 in percent on the test set)\n\n"
-        text += "| method | flags | batch | linear | probe | kNN | seeds |\n"
-        text += "|---|---|---|---|---|---|---|\n"
-    for (flags, title, size), figures in cells.items():
-        seeds = len(results[flags, title, size])
-        text += f"| {title} | {flags} | {size} | {' | '.join(figures)} | {seeds} |\n"
-    return "\n".join([text, *notes]).strip()
+        for method, published in PUBLISHED.items():
+            rows |= {method: recipe[method], f"{method}, published (probe)": published}
+        title = "CIFAR-100, ResNet-18, 200 epochs"
+        tables.append(table_by_batch_size(title, rows) + PROBE_NOTE)
+    if any(cell != "–" for row in miniature.values() for cell in row):
+        tables.append(table_by_batch_size(f"In miniature: {MINIATURE}", miniature))
+    if figures:  # all that is in neither table
+        text = "**Other settings** (top-1 in percent on the test set)\n\n"
+        text += "| method | flags | batch | linear | probe | kNN | seeds |\n" + "|---" * 7 + "|\n"
+        for (flags, method, size), words in figures.items():
+            seeds = len(results[flags, method, size])
+            text += f"| {method} | {flags} | {size} | {' | '.join(words)} | {seeds} |\n"
+        tables.append(text)
+    return "\n".join([*tables, *notes]).strip()
 
 
 def main():

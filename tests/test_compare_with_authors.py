@@ -1,5 +1,6 @@
-"""compare_with_authors.py needs their code, which is not here. So it compares our code with this
-stand-in for their class: SimCo written once more, with the attributes and calls of theirs."""
+"""compare_with_authors.py needs their code, which is not here. This test gives it a stand-in for
+one of their classes: SimCo written once more, with the attributes and methods of theirs. What the
+script does only for the two other methods is not tested."""
 import compare_with_authors
 import pytest
 import torch
@@ -15,6 +16,7 @@ class TheirSimCo(nn.Module):
         super().__init__()
         args = simco.arguments().parse_args(["--width", "2"])
         self.encoder, self.projector = common.build_encoder(args).children()
+        # SimCo has no key encoder, but their class does.
         self.momentum_encoder, self.momentum_projector = common.build_encoder(args).children()
         self.features_dim, self.temperature = self.encoder.num_features, temperature
 
@@ -42,7 +44,7 @@ class TheirSimCo(nn.Module):
         pass
 
 
-@pytest.mark.parametrize("temperature, agrees", [(0.1, True), (0.1000001, False)])
+@pytest.mark.parametrize("temperature, agrees", [(0.1, True), (0.1 + 1e-10, False)])
 def test_steps_agree_if_the_method_is_the_same(temperature, agrees, monkeypatch):
     monkeypatch.setattr(compare_with_authors, "verdicts", [])
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)

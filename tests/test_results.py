@@ -1,6 +1,9 @@
 """results/ and README.md: each number has its run, and each run can be repeated."""
 import json
+import os
+import re
 import runpy
+import subprocess
 
 import pytest
 from conftest import METHODS, ROOT
@@ -49,3 +52,48 @@ def test_the_tables_of_the_readme_are_those_of_results():
     assert RUNS and len(table) > 10
     missing = [line for line in table if line not in lines]
     assert not missing, missing
+
+
+# A python3 that trains nothing, and fails where the flags have "dcl".
+STAND_IN = """#!/usr/bin/env bash
+case "$*" in
+  -c*) ;;
+  *--table*) echo tables ;;
+  *dcl*) exit 1 ;;
+  linear_eval.py*) printf '{\\n "linear_top1": 1\\n}' >"$2/result.json" ;;
+  *) while [ "$1" != --out ]; do shift; done; mkdir "$2" ;;
+esac
+"""
+
+
+def test_table_sh_runs_what_is_missing_and_says_how_far_it_is(tmp_path):
+    (tmp_path / "python3").write_text(STAND_IN)
+    (tmp_path / "python3").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "JOBS": "1"}
+    environment["RUNS"] = str(tmp_path / "runs")
+
+    def run():
+        command = ["bash", ROOT / "results" / "table.sh"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    first, second = run(), run()
+    begun = set(re.findall(r"^(\S+) begins$", first.stdout, re.MULTILINE))
+    present = {path.name for path in RUNS if path.parent.name == "longer"}
+    assert present and present <= begun  # it would find these runs, and skip them
+    failed = {name for name in begun if "dcl" in name}
+    finished = {path.parent.name for path in tmp_path.glob("runs/*/result.json")}
+    assert failed and finished == begun - failed
+    assert first.stdout.startswith(f"0 of {len(begun)} runs are done\n")
+    assert second.stdout.startswith(f"{len(finished)} of {len(begun)} runs are done\n")
+    assert second.stdout.count(" begins") == len(failed)
+    assert second.stderr.count("did not finish") == len(failed) and second.returncode != 0
+    assert "tables" in second.stdout
+
+
+def test_the_picture_of_accuracy_over_batch_size(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    script = runpy.run_path(str(ROOT / "results" / "batch_sizes.py"))
+    command = ["batch_sizes.py", str(ROOT / "results"), "-o", str(tmp_path / "picture.svg")]
+    monkeypatch.setattr("sys.argv", command)
+    script["main"]()
+    assert "<svg" in (tmp_path / "picture.svg").read_text()
