@@ -648,6 +648,9 @@ def resnet18(width=64, stem_padding=2):
     """ResNet-18 for CIFAR: a 3x3 first convolution of stride 1, no max-pooling, no classifier.
     [B, 3, H, W] -> features [B, 8 * width]. Parameters have the names of torchvision's resnet18.
     The DT authors pad the first convolution by 2, so that their maps are 34x34; 1 is usual."""
+    if width < 8 and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        # There, oneDNN writes past its memory in the strided 1x1 convolutions (its issue 6035).
+        torch.backends.mkldnn.enabled = False
     backbone = nn.Sequential()
     backbone.conv1 = nn.Conv2d(3, width, 3, padding=stem_padding, bias=False)
     backbone.bn1 = nn.BatchNorm2d(width)
