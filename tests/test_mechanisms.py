@@ -142,11 +142,8 @@ def test_memory_bank_is_a_key_for_each_image(tiny_run):
         "simco --loss infonce --lr 0.3 --epochs 6 --subset 256 --batch-size 16 --head-bn",
         "moco_v2 --memory-bank --moco-k 128 --moco-m 0.5 --lr 0.3 --epochs 12 --subset 256"
         " --batch-size 16 --head-bn",
-        pytest.param(
-            "simmoco --loss eqco --alpha 256 --num-negatives 16 --lr 0.3 --epochs 3"
-            " --batch-size 64",
-            marks=pytest.mark.soak,  # it takes 25 seconds
-        ),
+        "simco --loss eqco --alpha 16 --num-negatives 8 --lr 0.3 --epochs 6 --subset 256"
+        " --batch-size 16 --head-bn",
     ],
 )
 def test_learns_shapes(command, run_script, tmp_path):
