@@ -2,7 +2,7 @@
 # The table in miniature, every method at every batch size, and then the other runs that
 # results/README.md compares: other losses, InfoNCE at twice the learning rate, symmetric variants,
 # more seeds, and as many steps at batch size 64 as at 256. All are the recipe on CIFAR-100, but for
-# a narrow network, a fifth of the images and 60 epochs. There are 39 runs of half an hour to two
+# a narrow network, a fifth of the images and 60 epochs. There are 41 runs of half an hour to two
 # hours each, on one CPU core and with up to 6 GB of memory.
 # Finished runs are skipped, interrupted ones resume. What a run prints is in RUNS/NAME.log.
 #
@@ -22,6 +22,8 @@ runs=$(
 )
 runs+="
 0 simco --batch-size 64 --epochs 15
+0 simmoco --batch-size 64 --epochs 15
+0 moco_v2 --batch-size 64 --epochs 15
 0 simco --loss infonce --lr 0.06
 0 simmoco --loss infonce --lr 0.06
 1 simco
