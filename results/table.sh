@@ -2,8 +2,8 @@
 # The table in miniature, every method at every batch size, and then the other runs that
 # results/README.md compares: other losses, InfoNCE at twice the learning rate, symmetric variants,
 # more seeds, and as many steps at batch size 64 as at 256. All are the recipe on CIFAR-100, but for
-# a narrow network, a fifth of the images and 60 epochs. There are 41 runs of half an hour to two
-# hours each, on one CPU core and with up to 6 GB of memory.
+# a narrow network, a fifth of the images and 60 epochs (15 for as many steps). There are 41 runs of
+# 20 minutes to two hours each, on one CPU core and with up to 6 GB of memory.
 # Finished runs are skipped, interrupted ones resume. What a run prints is in RUNS/NAME.log.
 #
 #   results/table.sh
