@@ -66,13 +66,24 @@ def launch(main):
 MACHINE_FLAGS = ("data", "out", "device", "compile", "cuda_graph", "changed", "environment")
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Shows a flag's default value in brackets."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=34)
+
+    def _get_help_string(self, action):
+        has_none = action.default in (None, argparse.SUPPRESS) or action.default is False
+        return action.help if has_none else f"{action.help} [%(default)s]"
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line, and with @DIR/args.json for the flags of an earlier run.
     The parsed arguments also have `changed`, the names of the flags without their default value."""
 
-    def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False, fromfile_prefix_chars="@")
-        self.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    def __init__(self, description, usage=None):
+        super().__init__(usage=usage, description=description, formatter_class=HelpFormatter)
+        self.allow_abbrev, self.fromfile_prefix_chars = False, "@"
 
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
@@ -105,25 +116,31 @@ def number(kind, low, high=2**62):
     return parse
 
 
-def argument_parser(method, description, loss):
-    """The flags of all three methods. The defaults are the CIFAR-100 recipe of the DT authors'
-    scripts, so a script without flags trains the batch-256 cell of the results table."""
-    parser = Parser(description)
-    parser.set_defaults(method=method)
-    add = parser.add_argument
-    add("--dataset", default="cifar100", choices=DATASETS, help="folder: your own images")
-    add("--data", default="data", metavar="DIR", help="where the dataset is, or is downloaded to")
-    add("--subset", type=number(int, 1), metavar="N", help="train on N images, balanced by class")
-    add("--image-size", default=32, type=number(int, 1), help="of --dataset folder, in pixels")
-    add("--augmentation", default="v2", choices=("v1", "v2"), help="v1: MoCo v1's colour jitter")
+def argument_parser(name, description, loss):
+    """The flags of all three methods, in groups, and the function that adds one to the group
+    "method". The defaults are the CIFAR-100 recipe of the DT authors' scripts, so a script without
+    flags trains the batch-256 cell of the results table."""
+    description += " Without flags: the recipe for CIFAR-100. [Defaults] are in brackets."
+    parser = Parser(description, f"python {name}.py [--flag value ...] [@RUN_DIR/args.json]")
+    parser.set_defaults(method=name)
+    titles = ("data", "method", "training", "machine")
+    data, method, training, machine = (parser.add_argument_group(t).add_argument for t in titles)
+    # In the order of args.json, and so of the words for a setting in the results tables.
+    data("--dataset", default="cifar100", choices=DATASETS, help="folder: your own images")
+    data("--data", default="data", metavar="DIR", help="where it is, or is downloaded to")
+    data("--subset", type=number(int, 1), metavar="N", help="train on N images, balanced by class")
+    data("--image-size", default=32, type=number(int, 1), help="of --dataset folder, in pixels")
+    data("--augmentation", default="v2", choices=("v1", "v2"), help="v1: MoCo v1's colour jitter")
+    add = training
     add("--epochs", default=200, type=number(int, 1), help="passes over the training images")
     add("--batch-size", default=256, type=number(int, 2), help="images per step, in all processes")
-    add("--lr", default=0.03, type=number(float, 1e-6), help="peak at batch 256; scales with it")
+    add("--lr", default=0.03, type=number(float, 1e-6), help="peak; scales as batch size / 256")
     add("--warmup-epochs", type=number(int, 0), help="None: 10, at most a 20th of the epochs")
     add("--schedule", default="cosine", choices=("cosine", "step"), help="step: MoCo v1's")
     add("--weight-decay", default=5e-4, type=number(float, 0), help="of all parameters")
     add("--momentum", default=0.9, type=number(float, 0, 1), help="of SGD")
     add("--seed", default=0, type=number(int, 0), help="of weights, batches and augmentation")
+    add = method
     add("--width", default=64, type=number(int, 1), help="channels of ResNet-18's first stage")
     add("--stem-padding", default=2, type=int, choices=(1, 2), help="1 is usual, 2 the authors'")
     add("--head", default="mlp", choices=("mlp", "linear"), help="linear: MoCo v1's")
@@ -132,20 +149,22 @@ def argument_parser(method, description, loss):
     add("--sync-bn", action="store_true", help="BatchNorm over the images of all processes")
     add("--moco-dim", default=128, type=number(int, 1), help="dimension of queries and keys")
     losses = ("infonce", "eqco", "dcl", "dual")
-    add("--loss", default=loss, choices=losses, help="dcl: decoupled; dual: dual temperature")
+    add("--loss", default=loss, choices=losses, help="dual: dual temperature")
     add("--moco-t", default=0.1, type=number(float, 0.02), help="temperature of the softmax")
-    add("--alpha", type=number(float, 1e-6), help="--loss eqco: K negatives count as alpha of them")
-    add("--dt-m", default=10.0, type=number(float, 1e-6), help="--loss dual: T_beta / T_alpha")
-    add("--out", metavar="DIR", help="run directory; None: named after method and dataset")
-    add("--knn-every", default=5, type=number(int, 1), metavar="N", help="epochs; and at the end")
+    add("--alpha", type=number(float, 1e-6), help="of --loss eqco: K negatives count as ALPHA")
+    add("--dt-m", default=10.0, type=number(float, 1e-6), help="of --loss dual: T_beta / T_alpha")
+    add = training
+    add("--out", metavar="DIR", help=f"run directory; None: runs/{name}-...")
+    add("--knn-every", default=5, type=number(int, 1), metavar="N", help="evaluate every N epochs")
     probes = ("query", "both", "off")
-    add("--probe", default="query", choices=probes, help="views that the linear probe learns from")
+    add("--probe", default="query", choices=probes, help="views that the probe learns from")
+    add = machine
     add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: a GPU if present")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of the encoders")
     add("--compile", default="auto", choices=("auto", "on", "off"), help="auto: on a GPU")
     add("--cuda-graph", default="auto", choices=("auto", "on", "off"), help="auto: where possible")
     add("--deterministic", action="store_true", help="the same bits in every run on a GPU; slower")
-    return parser
+    return parser, method
 
 
 def setup(args):
@@ -485,8 +504,10 @@ def batches(data, epoch, args):
     choices = Choices(*(part[:, rank()].transpose(1, 2).flatten(1, 2) for part in parts))
     views_of = compiled(augment) if args.compile == "on" else augment
     several_groups = args.bn_splits > 1 or (world_size() > 1 and not args.sync_bn)
-    hidden = rank() > 0 or None  # None: shown on a terminal only
-    for step in tqdm(range(num_steps), f"epoch {epoch + 1}", leave=False, disable=hidden):
+    bar = dict(total=args.epochs * num_steps, initial=epoch * num_steps, leave=False)
+    bar["disable"] = rank() > 0 or None  # None: shown on a terminal only
+    bar["bar_format"] = "{desc}{percentage:3.0f}% {bar} {remaining} left for the run, {rate_fmt}"
+    for step in tqdm(range(num_steps), f"epoch {epoch + 1}/{args.epochs}", unit="step", **bar):
         images, labels = data.train_images[index[step]], data.train_labels[index[step]]
         views = views_of(images.repeat(2, 1, 1, 1), choices.rows(step), args.augmentation)
         generator = seeded_generator(device, args.seed, epoch, step + 1)
@@ -908,18 +929,24 @@ def extract_features(backbone, images, args, views_of=None):
 
 
 @torch.no_grad()
+def nearest(features, bank, k):
+    """The k rows of the bank with the highest cosine, for each of the features: float [N, D]; bank:
+    float [M, D]. Returns the cosines and the rows, [N, k], highest first; [N, M] if M < k."""
+    features, bank = F.normalize(features, dim=1), F.normalize(bank, dim=1)
+    chunks = features.split(max(1, 2**25 // len(bank)))  # bounds the memory
+    found = [(chunk @ bank.T).topk(min(k, len(bank)), dim=1) for chunk in chunks]
+    return tuple(torch.cat(part) for part in zip(*found))
+
+
+@torch.no_grad()
 def knn_predict(features, bank, bank_labels, num_classes, k=200, temperature=0.1):
     """Weighted kNN (Wu et al. 2018, as in MoCo's CIFAR demo): each of the k most similar rows of
     the bank votes for its label with weight exp(cosine / temperature). features: float [N, D];
     bank: float [M, D]; bank_labels: int64 [M]. Returns labels, int64 [N]."""
-    features, bank = F.normalize(features, dim=1), F.normalize(bank, dim=1)
-    predictions = []
-    for chunk in features.split(max(1, 2**25 // len(bank))):  # bounds the memory
-        similarity, neighbour = (chunk @ bank.T).topk(min(k, len(bank)), dim=1)
-        votes = torch.zeros(len(chunk), num_classes, device=bank.device, dtype=similarity.dtype)
-        votes.scatter_add_(1, bank_labels[neighbour], (similarity / temperature).exp())
-        predictions.append(votes.argmax(dim=1))
-    return torch.cat(predictions)
+    similarity, rows = nearest(features, bank, k)
+    votes = torch.zeros(len(features), num_classes, device=bank.device, dtype=similarity.dtype)
+    votes.scatter_add_(1, bank_labels[rows], (similarity / temperature).exp())
+    return votes.argmax(dim=1)
 
 
 @torch.no_grad()
@@ -1042,6 +1069,13 @@ class CUDAGraph:
             print(f"no CUDA graph, so slower: {str(error).splitlines()[0]}", flush=True)
 
 
+def duration(seconds):
+    """In words: "1 h 5 min", "4 min 10 s", "8 s"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, rest = divmod(minutes, 60)
+    return f"{hours} h {rest} min" if hours else f"{minutes} min {seconds} s".removeprefix("0 min ")
+
+
 def read_json(path):
     try:
         return json.loads(Path(path).read_text())
@@ -1138,7 +1172,7 @@ class Run:
                 raise UserError(f"'{path}/checkpoint.pth' is not of this run") from None
         epoch = checkpoint["epoch"]
         if epoch >= args.epochs:
-            print(f"{path} is finished: {epoch} epochs. {self.next_command}")
+            print(f"'{path}' is finished: {epoch} epochs. {self.next_command}")
             return checkpoint
 
         hardware = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
@@ -1208,17 +1242,19 @@ class Run:
             write_atomically(self.path / "checkpoint.pth", lambda path: torch.save(state, path))
             self.saved_at = time.perf_counter()
             if finished == args.epochs:
-                print(f"finished. {self.next_command}", flush=True)
+                log = map(json.loads, (self.path / "log.jsonl").read_text().splitlines())
+                took = duration(sum(entry.get("seconds", 0) for entry in log))  # in all starts
+                print(f"{finished} epochs took {took}. {self.next_command}", flush=True)
         self.begin_epoch(finished)
 
     def log(self, entry):
         """Print an epoch, and write it to TensorBoard and log.jsonl."""
         if rank() != 0:
             return
-        epoch, board, text = entry["epoch"], self.tensorboard, "  (untrained)"
+        epoch, board, text = entry["epoch"], self.tensorboard, f"{'(untrained)':51}"
         if epoch > 0:
-            text = f"  loss {entry['loss']:.4f}  lr {entry['lr']:.4f}"
-            text += f"  {entry['images_per_second']:.0f} images/s  {entry['seconds']:.1f} s"
+            text = f"loss {entry['loss']:7.4f}  lr {entry['lr']:.4f}"
+            text += f"  {entry['images_per_second']:6.0f} images/s {entry['seconds']:7.1f} s"
             for name, value in self.statistics.items():
                 if "_similarity" in name:
                     board.add_histogram(f"similarity/{name}", value, epoch)
@@ -1228,8 +1264,9 @@ class Run:
             board.add_image("first and second views", grid, epoch)
         for name, title in (("knn_top1", "kNN"), ("probe_top1", "probe")):
             if entry[name] is not None:
-                text += f"  {title} {entry[name]:.2f} %"
-        print(f"epoch {epoch:3d}/{self.args.epochs}{text}", flush=True)
+                text += f"  {title} {entry[name]:5.2f} %"
+        last = str(self.args.epochs)
+        print(f"epoch {epoch:{len(last)}d}/{last}  {text}", flush=True)
         groups = dict(loss="train", lr="train", images_per_second="speed")
         groups.update(knn_top1="accuracy", probe_top1="accuracy")
         for name in ("alignment", "uniformity", "effective_rank", "feature_std"):

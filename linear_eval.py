@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
 from tqdm import trange
 
 import common
@@ -32,27 +33,34 @@ from common import UserError, number, require
 
 
 def arguments():
-    parser = common.Parser("Evaluate a run or another checkpoint, or print the tables of all runs.")
-    add = parser.add_argument
+    description = "Evaluate a run or another checkpoint, or print the tables of all runs."
+    what = "RUN_DIR | --checkpoint FILE | --table DIR"
+    parser = common.Parser(description, f"python linear_eval.py {what} [--flag value ...]")
+    add = parser.add_argument_group("what to evaluate").add_argument
     add("run", nargs="?", metavar="RUN_DIR", help="of moco_v2.py, simmoco.py or simco.py")
-    add("--table", metavar="DIR", help="print the tables of all evaluated runs below DIR")
+    add("--table", metavar="DIR", help="print the tables of the runs below DIR")
     add("--checkpoint", metavar="FILE", help="evaluate a ResNet-18 trained by other code")
-    add("--dataset", choices=common.DATASETS, help="for --checkpoint, like the next three")
-    add("--subset", type=number(int, 1), metavar="N", help="train on N images, balanced by class")
+    add("--untrained", action="store_true", help="evaluate it as it was before training")
+    add("--data", metavar="DIR", help="where the dataset is; None: as in the run")
+    add = parser.add_argument_group("for --checkpoint").add_argument
+    add("--dataset", choices=common.DATASETS, help="to evaluate on")
+    add("--subset", type=number(int, 1), metavar="N", help="N training images, balanced by class")
     add("--image-size", default=32, type=number(int, 1), help="of --dataset folder, in pixels")
-    add("--stem-padding", type=int, choices=(1, 2), help="None: that of the code it comes from")
-    add("--json", metavar="FILE", help="write the result to this new file, not to the run")
-    add("--export", metavar="FILE", help="only write the backbone's state dict, to this new file")
-    add("--cached", action="store_true", help="compute the features once, without crops and flips")
-    add("--untrained", action="store_true", help="evaluate the network as it was before training")
+    add("--stem-padding", type=int, choices=(1, 2), help="None: as the code it comes from")
+    add = parser.add_argument_group("protocol").add_argument
+    add("--cached", action="store_true", help="compute the features once, without crops")
     labels = dict(nargs="+", type=number_or_all, metavar="N")
-    add("--labels-per-class", **labels, help="use N training images of each class; or all")
+    add("--labels-per-class", **labels, help="N labels of each class, or all")
     add("--epochs", default=100, type=number(int, 1), help="passes over the training images")
     add("--batch-size", default=256, type=number(int, 1), help="images per step")
     grid = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
-    add("--lrs", default=grid, nargs="+", type=number(float, 1e-6), help="learning rates to try")
-    add("--seed", default=0, type=number(int, 0), help="of the held-out images, batches and crops")
-    add("--data", metavar="DIR", help="where the dataset is now; None: where the run had it")
+    lrs = dict(nargs="+", type=number(float, 1e-6), metavar="LR")
+    add("--lrs", default=grid, **lrs, help="rates to try")
+    add("--seed", default=0, type=number(int, 0), help="of held-out images, batches and crops")
+    add = parser.add_argument_group("output").add_argument
+    add("--json", metavar="FILE", help="write the result to this new file instead")
+    add("--export", metavar="FILE", help="only write the backbone to this new file")
+    add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: a GPU if present")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of the backbone")
     return parser
@@ -201,8 +209,7 @@ def evaluate_few_labels(backbone, data, args):
 
 def compare_few_labels(backbone, seed, data, args):
     """Print a line for each N of --labels-per-class, beside the untrained network. Returns both."""
-    start = untrained(seed, backbone.num_features // 8, backbone.conv1.padding[0])
-    start.to(data.train_images.device, memory_format=torch.channels_last)
+    start = untrained_like(backbone, seed, data)
     networks = dict(trained=backbone, untrained=start)
     top1 = {name: evaluate_few_labels(networks[name], data, args) for name in networks}
     if common.rank() == 0:
@@ -211,6 +218,25 @@ def compare_few_labels(backbone, seed, data, args):
             words = [in_words(top1[name][count]) for name in networks]
             print(f"{count:>16}{words[0]:>15}{words[1]:>15}")
     return top1
+
+
+def picture_of_neighbours(features, data, count=8, k=5):
+    """`count` test images, spread over the classes, each followed by its k nearest training images,
+    framed in green if they have its class. features: see `extract_features`. Returns the picture,
+    float [3, H, W] in 0..1; the labels of its rows, int64 [count]; and how many of the k neighbours
+    have the right class over the whole test set, in percent."""
+    _, neighbours = common.nearest(features.test_images, features.train_images, k)
+    same = data.train_labels[neighbours] == data.test_labels[:, None]  # [N, k]
+    rows = data.test_labels.argsort(stable=True)
+    rows = rows[torch.arange(count) * len(rows) // count]
+    images = [data.test_images[rows, None], data.train_images[neighbours[rows]]]
+    images = common.to_float(torch.cat(images, dim=1).flatten(0, 1))
+    green = torch.tensor([0.0, 0.7, 0.2], device=images.device)[:, None, None]
+    framed = F.pad(images, (2, 2, 2, 2), value=1.0)
+    framed[F.pad(same[rows], (1, 0)).flatten()] = green  # but for the test images
+    framed[:, :, 2:-2, 2:-2] = images
+    picture = torchvision.utils.make_grid(framed, nrow=same.shape[1] + 1, padding=1, pad_value=1)
+    return picture, data.test_labels[rows], 100 * same.float().mean().item()
 
 
 # Prefixes of the backbone in checkpoints of this project, MoCo's CIFAR demo (which numbers the
@@ -259,6 +285,12 @@ def untrained(seed, width, stem_padding):
     """The backbone as it was before training: the scripts draw it first."""
     torch.manual_seed(seed)
     return common.resnet18(width, stem_padding)
+
+
+def untrained_like(backbone, seed, data):
+    """An untrained backbone of the same shape, where the data is."""
+    start = untrained(seed, backbone.num_features // 8, backbone.conv1.padding[0])
+    return start.to(data.train_images.device, memory_format=torch.channels_last)
 
 
 def load(args):
@@ -411,15 +443,30 @@ def main():
     result.update(seconds=time.perf_counter() - started, epoch=epoch)
     if common.rank() == 0:
         figures = f"linear top-1 {result['linear_top1']:.2f} %, kNN {result['knn_top1']:.2f} %"
-        print(f"{args.run or args.checkpoint}, epoch {epoch}: {figures}")
+        took = common.duration(result["seconds"])
+        print(f"{args.run or args.checkpoint}, epoch {epoch}: {figures}, in {took}")
     write_result(args, dict(untrained=result) if args.untrained else result)
-    if common.rank() == 0 and args.run and not args.untrained:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
+    if args.run and not args.untrained:
+        show_in_tensorboard(backbone, features, data, run_args, args)
 
-        names = [data.classes[label] for label in data.test_labels[:2000].tolist()]
-        images = common.to_float(data.test_images[:2000])
-        with SummaryWriter(args.run) as board:  # to be seen in its projector
-            board.add_embedding(features.test_images[:2000], names, images, tag="test_features")
+
+def show_in_tensorboard(backbone, features, data, run_args, args):
+    """Add to the events of the run: its test features, for the projector, and the neighbours that
+    the features find, before and after training."""
+    start = untrained_like(backbone, run_args.seed, data)
+    before = extract_features(start, data, args)
+    if common.rank() != 0:
+        return
+    from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+    names = [data.classes[label] for label in data.test_labels[:2000].tolist()]
+    images = common.to_float(data.test_images[:2000])
+    with SummaryWriter(args.run) as board:
+        board.add_embedding(features.test_images[:2000], names, images, tag="test_features")
+        for name, these in dict(untrained=before, trained=features).items():
+            board.add_image(f"neighbours/{name}", picture_of_neighbours(these, data)[0])
+    parent = Path(args.run).parent
+    print(f"Next: python linear_eval.py --table {parent}, or tensorboard --logdir {parent}")
 
 
 def write_result(args, result):

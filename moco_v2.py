@@ -29,8 +29,7 @@ from common import adjust_learning_rate, autocast, contrastive_loss, number
 
 
 def arguments():
-    parser = common.argument_parser("moco_v2", "Train MoCo v2.", loss="infonce")
-    add = parser.add_argument
+    parser, add = common.argument_parser("moco_v2", "Train MoCo v2.", loss="infonce")
     add("--moco-k", default=65536, type=number(int, 1), help="number of keys in the queue")
     add("--moco-m", default=0.99, type=number(float, 0, 1), help="momentum of the key encoder")
     add("--symmetric", action="store_true", help="view 2 queries view 1, too")

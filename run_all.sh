@@ -39,6 +39,9 @@ PYTHON=${PYTHON:-python3}
 launch=$PYTHON
 [ "$NPROC" = 1 ] || launch="$PYTHON -m torch.distributed.run --standalone --nproc_per_node=$NPROC"
 
+total=$(($(wc -w <<<"$SEEDS") * $(wc -w <<<"$METHODS") * $(wc -w <<<"$BATCH_SIZES")))
+cell=0 trained=0
+
 # shellcheck disable=SC2086  # the flags are meant to be split into words
 for seed in $SEEDS; do
   for method in $METHODS; do
@@ -46,13 +49,21 @@ for seed in $SEEDS; do
     [ "$method" != moco_v2 ] || own_flags=${MOCO_V2_FLAGS:-}
     for batch_size in $BATCH_SIZES; do
       out=$RUNS/$method-$DATASET-bs$batch_size-seed$seed
+      cell=$((cell + 1))
       if grep -qs '^ "linear_top1"' "$out/result.json"; then
-        echo "$out: done"
+        echo "cell $cell of $total: $out is done"
         continue
       fi
+      left=
+      if [ "$trained" -gt 0 ]; then # as long as those before; SimCo takes longer than the others
+        minutes=$((SECONDS * (total - cell + 1) / trained / 60))
+        left=" (about $((minutes / 60)) h $((minutes % 60)) min left)"
+      fi
+      echo "cell $cell of $total$left: $out"
       $launch "$method.py" --dataset "$DATASET" --data "$DATA" --epochs "$EPOCHS" \
         --batch-size "$batch_size" --seed "$seed" --out "$out" ${FLAGS:-} $own_flags
       $launch linear_eval.py "$out" ${EVAL_FLAGS:-}
+      trained=$((trained + 1))
     done
   done
 done

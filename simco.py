@@ -27,9 +27,8 @@ from common import adjust_learning_rate, autocast, contrastive_loss, number
 
 
 def arguments():
-    parser = common.argument_parser("simco", "Train SimCo.", loss="dual")
-    add = parser.add_argument
-    add("--num-negatives", type=number(int, 1), metavar="K", help="of each query; None: all others")
+    parser, add = common.argument_parser("simco", "Train SimCo.", loss="dual")
+    add("--num-negatives", type=number(int, 1), metavar="K", help="per query; None: all others")
     return parser
 
 

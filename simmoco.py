@@ -30,9 +30,8 @@ from common import adjust_learning_rate, autocast, contrastive_loss, number
 
 
 def arguments():
-    parser = common.argument_parser("simmoco", "Train SimMoCo.", loss="dual")
-    add = parser.add_argument
-    add("--num-negatives", type=number(int, 1), metavar="K", help="of each query; None: all others")
+    parser, add = common.argument_parser("simmoco", "Train SimMoCo.", loss="dual")
+    add("--num-negatives", type=number(int, 1), metavar="K", help="per query; None: all others")
     add("--moco-m", default=0.99, type=number(float, 0, 1), help="momentum of the key encoder")
     add("--symmetric", action="store_true", help="view 2 queries view 1, too")
     return parser

@@ -47,6 +47,25 @@ def test_not_one_number_of_the_backbone_moves(flags):
         assert torch.equal(value, before[name]), name
 
 
+def test_picture_of_neighbours():
+    # Of two classes, with features on a circle: the nearest training images are known.
+    angles = torch.tensor([0.0, 0.1, 0.2, 2.0, 2.1])
+    train = torch.stack([angles.cos(), angles.sin()], dim=1)
+    test = 3 * train[[4, 0]]  # only the direction matters
+    labels = torch.tensor([0, 0, 1, 1, 1])
+    gray = torch.full((5, 8, 8, 3), 51, dtype=torch.uint8)
+    data = common.Dataset(gray, labels, gray[:2], torch.tensor([1, 0]), ["a", "b"])
+    features = data._replace(train_images=train, test_images=test)
+    picture, rows, percent = linear_eval.picture_of_neighbours(features, data, count=2, k=3)
+    assert rows.tolist() == [0, 1]  # the second test image, then the first
+    assert percent == pytest.approx(100 * 5 / 6)  # labels 0 0 1 and 1 1 1
+    side = 8 + 2 * 2 + 1
+    assert picture.shape == (3, 1 + 2 * side, 1 + 4 * side)
+    is_green = picture[1, 1::side, 1::side] > picture[0, 1::side, 1::side]  # corners of frames
+    assert is_green.tolist() == [[False, True, True, False], [False, True, True, True]]
+    assert (picture[:, 3::side, 3::side] == 0.2).all()
+
+
 def test_two_processes_and_the_checkpoint_alone_give_the_same(tiny_run, run_script, fails_plainly):
     out, flags = tiny_run("simco"), [*QUICK, "--epochs", "10", "--batch-size", "16"]
     start_script(2, ROOT / "linear_eval.py", out, *flags)
