@@ -1,12 +1,16 @@
 """results/ and README.md: each number has its run, and each run can be repeated."""
 import json
+import math
 import os
 import re
 import runpy
 import subprocess
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import METHODS, ROOT
+from PIL import Image
 
 import common
 import linear_eval
@@ -46,8 +50,9 @@ def test_the_rate_at_which_the_longer_runs_are_compared_is_the_best_for_all_of_t
     assert min(losses[0], key=lambda rate: sum(x[rate] for x in losses)) == str(script["RATE"])
 
 
-def test_the_tables_of_the_readme_are_those_of_results():
-    lines = (ROOT / "README.md").read_text().splitlines()
+def test_the_tables_of_the_readmes_are_those_of_results():
+    pages = (ROOT / "README.md", ROOT / "results" / "README.md")
+    lines = [line for page in pages for line in page.read_text().splitlines()]
     table = linear_eval.table(ROOT / "results").splitlines()
     assert RUNS and len(table) > 10
     missing = [line for line in table if line not in lines]
@@ -90,10 +95,50 @@ def test_table_sh_runs_what_is_missing_and_says_how_far_it_is(tmp_path):
     assert "tables" in second.stdout
 
 
-def test_the_picture_of_accuracy_over_batch_size(tmp_path, monkeypatch):
+def figures_script():
     pytest.importorskip("matplotlib")
-    script = runpy.run_path(str(ROOT / "results" / "batch_sizes.py"))
-    command = ["batch_sizes.py", str(ROOT / "results"), "-o", str(tmp_path / "picture.svg")]
-    monkeypatch.setattr("sys.argv", command)
-    script["main"]()
-    assert "<svg" in (tmp_path / "picture.svg").read_text()
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "results" / "figures.py")))
+
+
+def test_all_pictures_of_the_readmes_are_made_by_the_script(tmp_path, tiny_run, run_script):
+    script, run = figures_script(), tiny_run("simco")
+    script.__name__ = "figures"
+    assert run_script(script, "--out", tmp_path) == 0
+    assert run_script(script, run, "--out", tmp_path) == 0
+    for path in tmp_path.glob("*.svg"):
+        assert path.read_text().count("<svg") == 1
+    with Image.open(tmp_path / "neighbours.png") as image:
+        assert image.size == (1000, 640)
+    made = {path.name for path in tmp_path.glob("*.[sp][vn]g")}
+    committed = {path.name for path in ROOT.glob("results/*.[sp][vn]g")} - {"tensorboard.png"}
+    assert made == committed
+    text = (ROOT / "README.md").read_text() + (ROOT / "results" / "README.md").read_text()
+    shown = re.findall(r"!\[[^]]*\]\((?:results/)?([^)]+)\)", text)
+    assert set(shown) == committed | {"tensorboard.png"}
+
+
+def test_the_picture_of_the_losses_shows_the_gradients_by_their_formula():
+    axes = figures_script().losses().axes[0]
+    for line in axes.lines:
+        p, length = line.get_data()
+        m = np.log((1 - p) / p)  # log-odds against the positive at T
+        # With 255 equal negatives, dt_m divides all of the log-odds but log 255.
+        known = re.search(r"dt_m = (\d+)", line.get_label())
+        m_beta = np.log(255) + (m - np.log(255)) / float(known[1]) if known else -math.inf
+        expected = 1 / (1 + np.exp(-m_beta)) if known else np.ones_like(p)
+        np.testing.assert_allclose(length, expected, rtol=1e-9)
+    assert len(axes.lines) == 6
+
+
+def test_every_link_within_the_project_leads_somewhere():
+    for page in (ROOT / "README.md", ROOT / "results" / "README.md"):
+        text = page.read_text()
+        for target in re.findall(r"\]\((?!http)([^)]*)\)", text):
+            path, _, heading = target.partition("#")
+            linked = (page.parent / path) if path else page
+            linked = linked / "README.md" if linked.is_dir() else linked
+            assert linked.exists(), target
+            if heading:
+                titles = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
+                anchors = [re.sub(r"[^\w\- ]", "", t).lower().replace(" ", "-") for t in titles]
+                assert heading in anchors, target

@@ -1,0 +1,327 @@
+"""The pictures of the READMEs.
+
+    pip install matplotlib
+    python results/figures.py             # drawings and curves, from results/ and common.py
+    python results/figures.py RUN_DIR     # augmented views; nearest neighbours before and after
+
+The first command writes to results/, the second to RUN_DIR, unless --out names another directory.
+Neither needs a network or a GPU. RUN_DIR needs its checkpoint and its images.
+"""
+import json
+import math
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.patches import FancyBboxPatch
+from PIL import Image
+
+matplotlib.use("agg")  # only files are written
+import matplotlib.pyplot as plt  # noqa: E402
+
+RESULTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(RESULTS.parent))
+
+import common  # noqa: E402
+import linear_eval  # noqa: E402
+from linear_eval import BATCH_SIZES, MINIATURE, MINIATURE_ROWS, PUBLISHED, RECIPE_ROWS  # noqa: E402
+
+COLOURS = {name: f"C{i}" for i, name in enumerate(MINIATURE_ROWS)}
+FORWARD, GRADIENT, FOLLOWS = "0.3", "tab:red", "tab:blue"  # of arrows
+
+
+# --------------------------------------------------------------------------------------------------
+# Drawings
+
+
+def box(axes, x, y, text, width=3, filled=True):
+    """A box around (x, y) with text in it."""
+    style, colour = "round,pad=0,rounding_size=0.15", "#e3edf7" if filled else "white"
+    corner = (x - width / 2, y - 0.5)
+    axes.add_patch(FancyBboxPatch(corner, width, 1, boxstyle=style, fc=colour, ec="0.3"))
+    axes.text(x, y, text, ha="center", va="center")
+
+
+def arrow(axes, start, end, colour, style="-"):
+    shape = dict(arrowstyle="-|>", color=colour, ls=style, lw=1.3, shrinkA=0, shrinkB=0)
+    axes.annotate("", end, start, arrowprops=shape)
+
+
+def draw_branch(axes, x, view, vectors, has_gradient):
+    """The way of a view up to the loss, and of the gradient back down."""
+    box(axes, x, 0.5, view, filled=False)
+    box(axes, x, 4.5, vectors, filled=False)
+    for low in (1, 3, 5):  # to the encoder, to its output, to the loss
+        arrow(axes, (x - 0.2, low), (x - 0.2, low + 1), FORWARD)
+        if has_gradient and low > 1:
+            arrow(axes, (x + 0.2, low + 1), (x + 0.2, low), GRADIENT)
+
+
+def methods():
+    """The three methods side by side."""
+    widths = {"MoCo v2": 11.4, "SimMoCo": 9, "SimCo": 9}
+    shape = dict(figsize=(10, 3.7), layout="constrained", width_ratios=list(widths.values()))
+    figure, panels = plt.subplots(1, 3, **shape)
+    for axes, (title, width) in zip(panels, widths.items()):
+        axes.set(xlim=(-0.3, width - 0.3), ylim=(-1.9, 7.9), aspect="equal")
+        axes.axis("off")
+        axes.text(4, 7.5, title, ha="center", va="center", weight="bold")
+        if title == "SimCo":
+            draw_branch(axes, 1.5, "view 1", "$q_1$", has_gradient=True)
+            draw_branch(axes, 6.5, "view 2", "$q_2$", has_gradient=True)
+            box(axes, 4, 2.5, "one encoder $f$", width=8)
+            negatives = "Negatives: the other images of the batch."
+            gradient = "Gradient flows through both views."
+        else:
+            draw_branch(axes, 1.5, "view 1", "queries $q$", has_gradient=True)
+            draw_branch(axes, 6.5, "view 2", "keys $k$", has_gradient=False)
+            box(axes, 1.5, 2.5, "encoder $f_q$")
+            box(axes, 6.5, 2.5, "encoder $f_k$")
+            arrow(axes, (3, 2.5), (5, 2.5), FOLLOWS, "--")
+            negatives = "Negatives: the other keys of the batch."
+            gradient = "Gradient flows through the queries."
+        box(axes, 4, 6.5, "InfoNCE" if title == "MoCo v2" else "dual temperature", width=8)
+        if title == "MoCo v2":
+            box(axes, 9.9, 4.5, "queue", width=2)
+            arrow(axes, (8, 4.5), (8.9, 4.5), FOLLOWS, "--")
+            arrow(axes, (9.5, 5), (8, 6.2), FORWARD)
+            negatives = "Negatives: 65 536 keys of earlier batches."
+        axes.text(4, -1.1, f"{negatives}\n{gradient}", ha="center", va="center")
+    what = {"forward": FORWARD, "gradient": GRADIENT}
+    what["no gradient: moving average, keys into the queue"] = FOLLOWS
+    for label, colour in what.items():
+        style = "--" if colour == FOLLOWS else "-"
+        panels[0].plot([], [], style, color=colour, label=label)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def losses():
+    """The gradient of each loss over p, by autograd: its length, where DCL's is 1."""
+    num_negatives = 255  # of a batch of 256 images
+    m = torch.linspace(-9.2, 4.6, 200, dtype=torch.float64)  # log-odds against the positive
+    # Two-dimensional vectors with these log-odds, at T = 0.1. All negatives are the same.
+    cosine = (math.log(num_negatives) - m) * 0.1 - 0.5  # of query and positive; of negatives -0.5
+    q = torch.tensor([[1.0, 0.0]], dtype=m.dtype).expand(len(m), 2)
+    k = torch.stack([cosine, (1 - cosine.square()).sqrt()], dim=1)
+    queue = torch.tensor([[-0.5, 0.75**0.5]], dtype=m.dtype).expand(num_negatives, 2)
+
+    def gradient(loss, **flags):
+        query = q.clone().requires_grad_()
+        loss(query, k, 0.1, queue=queue, **flags).backward()
+        return query.grad.norm(dim=1).numpy()
+
+    decoupled = gradient(common.dcl_loss)
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    p = torch.sigmoid(-m).numpy()
+    axes.plot(p, decoupled / decoupled, "--", color="0.3", label="DCL")
+    for dt_m, colour in zip((30, 10, 3, 1), ("#08306b", "#2171b5", "#6baed6", "#9ecae1")):
+        length = gradient(common.dual_temperature_loss, dt_m=dt_m) / decoupled
+        axes.plot(p, length, color=colour, label=f"dual temperature, dt_m = {dt_m}")
+    length = gradient(common.info_nce_loss) / decoupled
+    axes.plot(p, length, ":", color="tab:red", lw=2.5, label="InfoNCE, the same as dt_m = 1")
+    ticks = (0.01, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
+    axes.set(xscale="logit", xlabel="p, the softmax probability of the positive at T = 0.1")
+    axes.set_xticks(ticks, ticks)
+    axes.minorticks_off()
+    axes.set(ylabel="length of the gradient (DCL's is 1)", ylim=(0, 1.05))
+    axes.legend(loc="center right", bbox_to_anchor=(1, 0.35))
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------
+# Curves of the runs in results/
+
+
+def logs(directory, flags):
+    """The logs of the runs with these flags: {method: [{epoch: entry} for each seed]}."""
+    found = defaultdict(list)
+    for path in sorted(directory.rglob("log.jsonl")):
+        run_args = linear_eval.read_args(path.parent)
+        if linear_eval.changed_flags(run_args) == flags and run_args.batch_size == 256:
+            entries = map(json.loads, path.read_text().splitlines())
+            method = linear_eval.TITLES[run_args.method]
+            found[method].append({entry["epoch"]: entry for entry in entries})
+    return found
+
+
+def draw_curves(axes, runs, name):
+    """The mean over the seeds of a figure of the log, in a band from the lowest to the highest."""
+    for method in PUBLISHED:
+        seeds, colour = runs[method], COLOURS[method]
+        epochs = [epoch for epoch, entry in seeds[0].items() if entry.get(name) is not None]
+        values = [[log[epoch][name] for log in seeds] for epoch in epochs]
+        label = f"{method}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+        axes.plot(epochs, [*map(statistics.mean, values)], color=colour, label=label)
+        lowest, highest = [*map(min, values)], [*map(max, values)]
+        axes.fill_between(epochs, lowest, highest, color=colour, alpha=0.25, lw=0)
+
+
+def curves():
+    """kNN over the epochs, in 15 and in 60 of them."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for axes, flags in zip(panels, (MINIATURE.replace("60", "15"), MINIATURE)):
+        draw_curves(axes, logs(RESULTS, flags), "knn_top1")
+        axes.set(title=flags, xlabel="epoch")
+        axes.legend()
+    panels[0].set(ylabel="kNN top-1 on the test set, percent")
+    return figure
+
+
+def similarities():
+    """The cosines of queries and positives, and of queries and negatives, over 60 epochs."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    runs = logs(RESULTS, MINIATURE)
+    for axes, which in zip(panels, ("positive", "negative")):
+        draw_curves(axes, runs, f"{which}_similarity")
+        axes.set(title=f"{which}s", xlabel="epoch")
+    panels[0].set(ylabel="mean cosine with the query")
+    panels[0].legend()
+    return figure
+
+
+def draw_measured(axes, results, rows, measure, style):
+    """A line over the batch size for each row of a table, see linear_eval.MINIATURE_ROWS."""
+    for name, (flags, method) in rows.items():
+        points = []
+        for size in BATCH_SIZES:
+            values = [row.get(measure) for row in results.get((flags, method, size), [])]
+            values = [value for value in values if value is not None]
+            if values:
+                deviation = statistics.stdev(values) if len(values) > 1 else 0
+                points.append((size, statistics.mean(values), deviation))
+        axes.errorbar(*(zip(*points) if points else ([], [])), fmt=style, color=COLOURS[name], ms=4)
+
+
+def batch_sizes():
+    """Accuracy over the batch size, published and measured, on one scale in both panels."""
+    results, _ = linear_eval.finished_runs(RESULTS)
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.7), sharex=True, layout="constrained")
+    left, right = panels
+    styles = {"published (probe)": "^--", "measured, probe": "s-", "measured, linear": "o:"}
+    published_style, probe_style, linear_style = styles.values()
+    for method, published in PUBLISHED.items():
+        accuracies = [float(accuracy) for accuracy in published]
+        left.plot(BATCH_SIZES, accuracies, published_style, color=COLOURS[method], ms=4)
+    draw_measured(left, results, RECIPE_ROWS, "probe_top1", probe_style)  # as the published ones
+    draw_measured(right, results, MINIATURE_ROWS, "probe_top1", probe_style)
+    draw_measured(right, results, MINIATURE_ROWS, "linear_top1", linear_style)
+    left.set(title="full size: 200 epochs", ylabel="top-1 on the test set, percent")
+    right.set(title=f"in miniature: {MINIATURE}")
+    span = max(high - low for low, high in (axes.get_ylim() for axes in panels))
+    for axes in panels:
+        middle = sum(axes.get_ylim()) / 2
+        axes.set(xlabel="batch size", xscale="log", ylim=(middle - span / 2, middle + span / 2))
+        axes.set_xticks(BATCH_SIZES, BATCH_SIZES)
+        axes.minorticks_off()
+    for name, colour in COLOURS.items():
+        right.plot([], [], color=colour, label=name)
+    for label, style in styles.items():
+        right.plot([], [], style, color="grey", ms=4, label=label)
+    figure.legend(loc="outside lower center", ncols=4)
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------
+# Photographs of a run
+
+
+def show(axes, image, title):
+    """An image, [3, H, W] in 0..1, without axes."""
+    axes.imshow(image.permute(1, 2, 0).numpy(force=True), interpolation="nearest")
+    axes.set_title(title, fontsize=8)
+    axes.axis("off")
+
+
+def in_words(choices):
+    """What the augmentation does to one view, in order. choices: `common.Choices` of one row."""
+    top, left, height, width = (int(field) for field in choices[:4])
+    lines = [f"crop {width}×{height} at ({left}, {top})" + (", flip" if choices.flip else "")]
+    names = ("brightness ×{:.2f}", "contrast ×{:.2f}", "saturation ×{:.2f}", "hue {:+.3f}")
+    order, factor = choices.operations[0].tolist(), choices.factor[0].tolist()
+    jitter = [names[operation].format(factor[operation]) for operation in order]
+    if factor != [1, 1, 1, 0]:
+        lines += [", ".join(jitter[:2]), ", ".join(jitter[2:])]
+    return "\n".join(lines + (["gray"] if choices.grayscale else []))
+
+
+def views(data, image, augmentation):
+    """A training image and twelve of its views, each with what was done to it."""
+    images = data.train_images[image, None].cpu()
+    generator = common.seeded_generator("cpu", 0)
+    choices = common.draw_choices(12, images.shape[1], generator, augmentation)
+    augmented = common.augment(images.expand(12, -1, -1, -1), choices, augmentation)
+    mean, std = (torch.tensor(x)[:, None, None] for x in (common.MEAN, common.STD))
+    figure = plt.figure(figsize=(10, 6.6), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 4))
+    show(left.subplots(), common.to_float(images)[0], "the image")
+    for i, axes in enumerate(right.subplots(3, 4).flatten()):
+        text = in_words(choices.rows(slice(i, i + 1)))
+        show(axes, (augmented[i] * std + mean).clamp(0, 1), text)
+    return figure
+
+
+def neighbours(before, after, data):
+    """Test images and their nearest training images, by an untrained and by a trained backbone."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 6.4), layout="constrained")
+    for axes, features, name in zip(panels, (before, after), ("untrained", "trained")):
+        picture, labels, same = linear_eval.picture_of_neighbours(features, data)
+        axes.imshow(picture.permute(1, 2, 0).numpy(force=True), interpolation="nearest")
+        axes.set_title(f"{name}: {same:.1f} % of all neighbours right", fontsize=11)
+        side, width = picture.shape[1] / len(labels), picture.shape[2]
+        names = [data.classes[label] for label in labels.tolist()]
+        axes.set_yticks([side * (row + 0.5) for row in range(len(names))], names)
+        axes.set_xticks((side / 2, (side + width) / 2), ("test image", "nearest training images"))
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.grid(False)
+    return figure
+
+
+def of_run(run, data_directory, image):
+    """The pictures of a run: {name: figure}."""
+    args = linear_eval.arguments().parse_args([str(run)])
+    backbone, _, run_args = linear_eval.load(args)
+    device = common.choose_hardware(args)
+    run_args.data, run_args.batch_size = data_directory or run_args.data, 1
+    data = common.load_data(run_args, device)
+    backbone.to(device, memory_format=torch.channels_last)
+    start = linear_eval.untrained_like(backbone, run_args.seed, data)
+    before, after = (linear_eval.extract_features(x, data, args) for x in (start, backbone))
+    pictures = dict(views=views(data, image, run_args.augmentation))
+    return dict(pictures, neighbours=neighbours(before, after, data))
+
+
+def main():
+    parser = common.Parser(__doc__.splitlines()[0])
+    parser.add_argument("run", nargs="?", metavar="RUN_DIR", help="make the pictures of this run")
+    parser.add_argument("--data", metavar="DIR", help="where its dataset is; None: as in the run")
+    parser.add_argument("--image", default=0, type=int, help="the training image to show views of")
+    parser.add_argument("--out", metavar="DIR", help="None: RUN_DIR, or results/")
+    args = parser.parse_args()
+    style = {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False}
+    style |= {"axes.spines.right": False, "font.size": 10, "figure.dpi": 100}
+    plt.rcParams.update(style | {"svg.hashsalt": "figures"})  # the same file every time
+    if args.run is None:
+        drawings = (methods, losses, curves, similarities, batch_sizes)
+        figures = {f"{drawing.__name__}.svg": drawing() for drawing in drawings}
+    else:
+        photographs = of_run(args.run, args.data, args.image)
+        figures = {f"{name}.png": figure for name, figure in photographs.items()}
+    for name, figure in figures.items():
+        path = Path(args.out or args.run or RESULTS, name)
+        if path.suffix == ".svg":
+            figure.savefig(path, metadata={"Date": None})
+        else:  # 256 colours are enough, and a third of the bytes
+            figure.canvas.draw()
+            image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+            image.quantize().save(path, optimize=True)
+        print(path)
+
+
+if __name__ == "__main__":
+    common.launch(main)
