@@ -101,7 +101,7 @@ def methods():
 
 
 def losses():
-    """The gradient of each loss over p, by autograd: its length, where DCL's is 1."""
+    """The gradient norm of each loss, relative to DCL's, as a function of p; by autograd."""
     num_negatives = 255  # of a batch of 256 images
     m = torch.linspace(-9.2, 4.6, 200, dtype=torch.float64)  # log-odds against the positive
     # Two-dimensional vectors with these log-odds, at T = 0.1. All negatives are the same.
@@ -125,10 +125,10 @@ def losses():
     length = gradient(common.info_nce_loss) / decoupled
     axes.plot(p, length, ":", color="tab:red", lw=2.5, label="InfoNCE, the same as dt_m = 1")
     ticks = (0.01, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
-    axes.set(xscale="logit", xlabel="p, the softmax probability of the positive at T = 0.1")
+    axes.set(xscale="logit", xlabel="p, with T = 0.1 and 255 negatives of the same cosine")
     axes.set_xticks(ticks, ticks)
     axes.minorticks_off()
-    axes.set(ylabel="length of the gradient (DCL's is 1)", ylim=(0, 1.05))
+    axes.set(ylabel="gradient norm, relative to DCL", ylim=(0, 1.05))
     axes.legend(loc="center right", bbox_to_anchor=(1, 0.35))
     return figure
 
