@@ -52,11 +52,11 @@ def launch(main):
     try:
         main()
     except (UserError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":  # all processes have the same error
+        if os.environ.get("RANK", "0") == "0":  # usually the same in all processes
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command resumes a training run", file=sys.stderr)
+        print("\ninterrupted; to resume training, run the same command again", file=sys.stderr)
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -78,8 +78,8 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, and with @DIR/args.json for the flags of an earlier run.
-    The parsed arguments also have `changed`, the names of the flags without their default value."""
+    """argparse with one-line errors; @DIR/args.json stands for the flags of an earlier run. The
+    parsed arguments also have `changed`, the names of the flags that differ from their default."""
 
     def __init__(self, description, usage=None):
         super().__init__(usage=usage, description=description, formatter_class=HelpFormatter)
@@ -109,7 +109,7 @@ def number(kind, low, high=2**62):
 
     def parse(text):
         if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not {limits}")
+            raise argparse.ArgumentTypeError(f"{text}: must be {limits}")
         return kind(text)
 
     parse.__name__ = kind.__name__  # for argparse's message, if text is not a number
@@ -117,9 +117,9 @@ def number(kind, low, high=2**62):
 
 
 def argument_parser(name, description, loss):
-    """The flags of all three methods, in groups, and the function that adds one to the group
-    "method". The defaults are the CIFAR-100 recipe of the DT authors' scripts, so a script without
-    flags trains the batch-256 cell of the results table."""
+    """Return a parser with the flags that all methods share, and the function that adds a flag to
+    its group "method". The defaults are the CIFAR-100 recipe of the DT authors' scripts: without
+    flags, a script trains the batch-256 cell of the results table."""
     description += " Without flags: the recipe for CIFAR-100. [Defaults] are in brackets."
     parser = Parser(description, f"python {name}.py [--flag value ...] [@RUN_DIR/args.json]")
     parser.set_defaults(method=name)
@@ -135,7 +135,7 @@ def argument_parser(name, description, loss):
     add("--epochs", default=200, type=number(int, 1), help="passes over the training images")
     add("--batch-size", default=256, type=number(int, 2), help="images per step, in all processes")
     add("--lr", default=0.03, type=number(float, 1e-6), help="peak; scales as batch size / 256")
-    add("--warmup-epochs", type=number(int, 0), help="None: 10, at most a 20th of the epochs")
+    add("--warmup-epochs", type=number(int, 0), help="default: EPOCHS / 20, at most 10")
     add("--schedule", default="cosine", choices=("cosine", "step"), help="step: MoCo v1's")
     add("--weight-decay", default=5e-4, type=number(float, 0), help="of all parameters")
     add("--momentum", default=0.9, type=number(float, 0, 1), help="of SGD")
@@ -154,7 +154,7 @@ def argument_parser(name, description, loss):
     add("--alpha", type=number(float, 1e-6), help="of --loss eqco: K negatives count as ALPHA")
     add("--dt-m", default=10.0, type=number(float, 1e-6), help="of --loss dual: T_beta / T_alpha")
     add = training
-    add("--out", metavar="DIR", help=f"run directory; None: runs/{name}-...")
+    add("--out", metavar="DIR", help=f"run directory; default: runs/{name}-...")
     add("--knn-every", default=5, type=number(int, 1), metavar="N", help="evaluate every N epochs")
     probes = ("query", "both", "off")
     add("--probe", default="query", choices=probes, help="views that the probe learns from")
@@ -163,19 +163,19 @@ def argument_parser(name, description, loss):
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of the encoders")
     add("--compile", default="auto", choices=("auto", "on", "off"), help="auto: on a GPU")
     add("--cuda-graph", default="auto", choices=("auto", "on", "off"), help="auto: where possible")
-    add("--deterministic", action="store_true", help="the same bits in every run on a GPU; slower")
+    add("--deterministic", action="store_true", help="bitwise reproducible on a GPU; slower")
     return parser, method
 
 
 def setup(args):
-    """Join the other processes, check the flags, and replace "auto" and None by what they mean
-    here. Returns the torch.device. Raises UserError for flags that exclude each other."""
+    """Join the other processes, check the flags, and resolve "auto" and the default of --out.
+    Returns the torch.device. Raises UserError for flags that exclude each other, or the machine."""
     init_distributed(args)
     device = choose_hardware(args)
     share, groups, processes = args.batch_size // world_size(), args.bn_splits, world_size()
     require(share * processes == args.batch_size, f"--batch-size must be a multiple of {processes}")
     require((args.loss == "eqco") == (args.alpha is not None), "--alpha goes with --loss eqco")
-    require(args.loss == "dual" or args.dt_m == 10, "--dt-m goes with --loss dual")
+    require(args.loss == "dual" or args.dt_m == 10, "--dt-m needs --loss dual")
     can_split = groups == 1 or (share % groups == 0 and share > groups)
     require(can_split, f"--bn-splits must divide {share} images into groups of two or more")
     require(groups == 1 or not args.sync_bn, "--bn-splits and --sync-bn exclude each other")
@@ -188,7 +188,7 @@ def setup(args):
         args.compile = "on" if args.device == "cuda" and has_compiler else "off"
     draws = getattr(args, "num_negatives", None) or getattr(args, "memory_bank", False)
     can_record = args.device == "cuda" and processes == 1 and not draws  # it would repeat the draws
-    needs = "a GPU, one process, and no negatives that are drawn"
+    needs = "a GPU, one process, no --num-negatives, no --memory-bank"
     require(can_record or args.cuda_graph != "on", f"--cuda-graph on needs {needs}")
     args.cuda_graph = "on" if can_record and args.cuda_graph != "off" else "off"
     if args.cuda_graph == "on":
@@ -206,14 +206,14 @@ def choose_hardware(args):
     has_gpu = torch.cuda.is_available()
     if args.device == "auto":
         args.device = "cuda" if has_gpu else "cpu"
-    require(args.device == "cpu" or has_gpu, "--device cuda: this PyTorch sees no CUDA GPU")
+    require(args.device == "cpu" or has_gpu, "PyTorch sees no CUDA GPU; use --device cpu")
     if args.precision == "auto":
         names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # not in every PyTorch
         has_bf16 = any(getattr(torch.cpu, name, bool)() for name in names)
         if args.device == "cuda":
             has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
         args.precision = "bf16" if has_bf16 else "fp32"
-    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"  # else convolutions round to 10 bits
+    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"  # fp32: no TF32 in convolutions
     return torch.device(args.device)
 
 
@@ -223,7 +223,7 @@ def autocast(args):
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. Processes: torchrun starts one per GPU. Without torchrun there is one, and all this is a no-op
+# 2. Processes: torchrun starts one per GPU. Without torchrun there is only one
 
 
 def init_distributed(args):
@@ -332,7 +332,7 @@ class Dataset(NamedTuple):
 
 
 def balanced(labels, num_classes, count):
-    """The indices of the first ones of each class, the classes in turn, until there are `count`."""
+    """The sorted indices of `count` images, taken from the classes in turn, first images first."""
     counts = F.one_hot(labels, num_classes).cumsum(dim=0)
     nth_of_its_class = counts.gather(1, labels[:, None]).squeeze(1)
     return (nth_of_its_class * num_classes + labels).argsort()[:count].sort().values
@@ -344,7 +344,7 @@ def load_data(args, device):
     if args.subset is not None:
         data = data.subset(args.subset)
     num_images, batch_size = len(data.train_images), args.batch_size
-    require(num_images >= batch_size, f"--batch-size {batch_size}: only {num_images} images")
+    require(num_images >= batch_size, f"--batch-size must be at most {num_images} here")
     return data.to(device)
 
 
@@ -412,8 +412,8 @@ def read_folder(root, image_size):
 
 
 def draw_shapes(train=4096, test=1024, size=32, seed=0):
-    """Ten classes of shapes in two tones. What varies within a class is what the augmentation
-    teaches a network to ignore: place, size, brightness, a little tint, a small rotation."""
+    """Ten classes of shapes in two tones. Position, size, brightness, tint and, a little, rotation
+    vary within a class. All but the rotation is what the augmentation varies, too."""
     count = train + test
     random = np.random.RandomState(seed)  # numpy promises that its stream never changes
     radius, angle = random.uniform(6, 11, count), np.deg2rad(random.uniform(-15, 15, count))
@@ -524,7 +524,7 @@ def seeded_generator(device, *numbers):
 
 def draw_choices(count, image_size, generator, augmentation="v2"):
     """Choices for `count` views, on the device of `generator`, distributed as in torchvision.
-    augmentation "v1": MoCo v1's colour jitter, which is of all images and has more hue."""
+    augmentation "v1": MoCo v1's colour jitter, applied to all images, with more hue."""
     device = generator.device
     box = draw_boxes(count, image_size, generator)
     uniform = torch.rand(count, 7, generator=generator, device=device)
@@ -811,8 +811,8 @@ def dual_temperature_loss(q, k, temperature=0.1, dt_m=10.0, queue=None, **sampli
         grad softplus(M) = sigmoid(M) grad M = (1 - p at T_alpha) grad M          InfoNCE
         grad w softplus(M) = w (1 - p at T_alpha) grad M = (1 - p at T_beta) grad M
 
-    So dt_m = 1 is InfoNCE, whose gradient vanishes for easy queries, p near 1; at T_beta > T_alpha
-    1 - p is larger. Other arguments: see `info_nce_loss`."""
+    So dt_m = 1 is InfoNCE, whose gradient vanishes for easy queries (p near 1). For them, 1 - p is
+    larger at T_beta > T_alpha. Other arguments: see `info_nce_loss`."""
     positive, negative = similarities(q, k, queue, **sampling)
     log_odds = log_odds_against(positive, negative, temperature)
     weight = dual_temperature_weight(positive, negative, log_odds, temperature * dt_m)
@@ -841,7 +841,7 @@ def contrastive_loss(q, k, args, generator, queue=None):
 @torch.no_grad()
 def contrast_statistics(q, k, args, queue=None):
     """Statistics whose means are logged: similarities of the positives and of some negatives,
-    whether the positive ranks first, and the weight of dual temperature. Arguments as above."""
+    whether the positive ranks first, and the weight of dual temperature, over all negatives."""
     positive, negative = similarities(q, k, queue)
     every = math.ceil(negative.shape[1] / 1024)  # from all over the queue, for keys of all ages
     statistics = dict(
@@ -866,8 +866,8 @@ class Probe:
     weight decay, lr 0.3 for any batch size, with the network's warm-up and schedule. The features
     are detached, and the classifier has its own optimizer: the network trains as it would without.
 
-    --probe query: it learns from the views that pass through the backbone anyway, which is one in
-    MoCo v2 and SimMoCo. both: the second view passes as well, as in the authors' code."""
+    --probe query: it learns from the views that the backbone encodes anyway: only view 1 in MoCo v2
+    and SimMoCo without --symmetric. both: it learns from both views, as in the authors' code."""
 
     def __init__(self, args, backbone, num_classes, device):
         self.args, self.backbone, self.features = args, backbone, []
@@ -958,7 +958,7 @@ def monitor(backbone, probe, data, args):
     knn = knn_predict(features, bank, data.train_labels, len(data.classes))
     probed = probe.classifier(features).argmax(dim=1)
     accuracies = [100 * (x == data.test_labels).double().mean().item() for x in (knn, probed)]
-    # Two views of 500 images from all over the test set; the same views each time, in all runs.
+    # Two views of up to 500 evenly spaced test images, the same ones at every call.
     images = data.test_images[:: math.ceil(len(data.test_images) / 500)]
     generator = seeded_generator(images.device, 0)
     views = []
@@ -991,7 +991,7 @@ def uniformity(x, t=2):
 
 def effective_rank(x):
     """RankMe (Garrido et al., arXiv 2210.02885): e^H, H the entropy of the singular values of x
-    [N, D], scaled to sum to 1. 1: all rows are multiples of one; D: no direction is rare."""
+    [N, D], scaled to sum to 1. 1: all rows are parallel; D: all singular values are equal."""
     gram = (x.double().T @ x.double()).nan_to_num(0, 0, 0)  # D x D: faster than an SVD
     singular_values = torch.linalg.eigvalsh(gram.cpu()).clamp(min=0).sqrt()
     p = singular_values / singular_values.sum() + 1e-7  # so that log 0 is never asked for
@@ -1005,8 +1005,8 @@ SECONDS_BETWEEN_CHECKPOINTS = 60
 
 
 def build_optimizer(parameters, args, **flags):
-    """SGD by the flags of the run, or by `flags`. On a GPU the learning rate is a tensor, which the
-    fused SGD reads there: in a CUDA graph, a number would stay what it was at the recording."""
+    """SGD with the flags of the run, or with `flags`. On a GPU the learning rate is a tensor that
+    the fused SGD reads there: a CUDA graph would freeze a number at what it was when recorded."""
     flags = dict(lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay) | flags
     how = dict(fused=True) if args.device == "cuda" else {}
     optimizer = torch.optim.SGD(parameters, **flags, **how)
@@ -1084,8 +1084,8 @@ def read_json(path):
 
 
 def load_checkpoint(path):
-    """What torch.save wrote, on the CPU. More than tensors and plain values is not read: unpickling
-    that could run code."""
+    """Load a torch.save file onto the CPU. Only tensors and plain values are accepted: unpickling
+    anything else could run code."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -1116,15 +1116,15 @@ def lock(path):
 
         fcntl.lockf(os.open(path, os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"another process is training in '{path.parent}'") from None
+        raise UserError(f"another process is training in '{path.parent}'; change --out") from None
     except (ImportError, OSError):  # Windows and some network file systems have no such locks
         pass
 
 
 class Run:
     """A run directory, --out: args.json, log.jsonl, checkpoint.pth and TensorBoard events, which
-    only rank 0 reads and writes. Started again with the same flags, a run resumes after the last
-    epoch that was saved: one a minute at most, and the last."""
+    only rank 0 reads and writes. Started again with the same flags, a run resumes from its last
+    checkpoint. One is saved at most once a minute, and always after the last epoch."""
 
     def __init__(self, args, model, optimizer, backbone, data):
         """Begin a run, or fill `model` and `optimizer` from its checkpoint; exit if it is finished.
@@ -1209,8 +1209,8 @@ class Run:
         return CUDAGraph(step, self.probe) if self.args.cuda_graph == "on" else step
 
     def record(self, batch, loss, q, k, queue=None):
-        """Note a step, without waiting for the device. The last one of an epoch goes into the log:
-        its views, and the similarities of its q and k [N, C] and of the queue [K, C]."""
+        """Add the loss of a step to the epoch's sum, without waiting for the device. Of the last
+        step, also keep the views and the statistics of q, k [N, C] and queue [K, C] for the log."""
         self.loss_sum += loss.detach()
         self.step += 1
         if self.step == len(self.data.train_images) // self.args.batch_size:

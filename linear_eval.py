@@ -41,12 +41,12 @@ def arguments():
     add("--table", metavar="DIR", help="print the tables of the runs below DIR")
     add("--checkpoint", metavar="FILE", help="evaluate a ResNet-18 trained by other code")
     add("--untrained", action="store_true", help="evaluate it as it was before training")
-    add("--data", metavar="DIR", help="where the dataset is; None: as in the run")
+    add("--data", metavar="DIR", help="where the dataset is; default: as in the run")
     add = parser.add_argument_group("for --checkpoint").add_argument
     add("--dataset", choices=common.DATASETS, help="to evaluate on")
     add("--subset", type=number(int, 1), metavar="N", help="N training images, balanced by class")
     add("--image-size", default=32, type=number(int, 1), help="of --dataset folder, in pixels")
-    add("--stem-padding", type=int, choices=(1, 2), help="None: as the code it comes from")
+    add("--stem-padding", type=int, choices=(1, 2), help="default: as the code it comes from")
     add = parser.add_argument_group("protocol").add_argument
     add("--cached", action="store_true", help="compute the features once, without crops")
     labels = dict(nargs="+", type=number_or_all, metavar="N")
@@ -128,9 +128,9 @@ def accuracies(heads, x, labels, num_classes, top=1):
 
 def calibrated_losses(heads, x, labels, num_classes):
     """The cross-entropy of each classifier in the wide layer after temperature scaling (Guo et al.,
-    arXiv 1706.04599): that of logits / t, for the best t. Accuracy is too coarse to tell one
-    learning rate from the next by a thousand images, and without the scaling a classifier that is
-    too sure of itself loses, though it may be right more often. Returns list of float."""
+    arXiv 1706.04599): that of logits / t, for the best t. On a thousand
+    images, accuracy is too coarse to separate neighbouring learning rates. Without the scaling, an
+    overconfident classifier loses even if it is right more often. Returns list of float."""
     logits = heads(x).view(len(x), -1, num_classes).transpose(1, 2)
     target = labels[:, None].expand(-1, logits.shape[2])
     losses = []
@@ -163,7 +163,7 @@ def evaluate(backbone, data, features, args):
     held_out, rest = shuffled[:num_held_out], shuffled[num_held_out:]
     if args.cached:
         heads = train_linear(features, rest, args.lrs, args)
-    else:  # the crops cost most: on the same ones, train the classifiers for all images, too
+    else:  # crops are costly: train the classifiers for all images on the same ones
         heads = train_linear(features, shuffled, args.lrs * 2, args, features_of, held_out)
     x, y = features.train_images[held_out], labels[held_out]
     held_out_loss = calibrated_losses(heads, x, y, num_classes)[: len(args.lrs)]
@@ -282,7 +282,7 @@ def read_args(path):
 
 
 def untrained(seed, width, stem_padding):
-    """The backbone as it was before training: the scripts draw it first."""
+    """The backbone before training. The scripts initialise it first, after seeding."""
     torch.manual_seed(seed)
     return common.resnet18(width, stem_padding)
 
@@ -296,17 +296,18 @@ def untrained_like(backbone, seed, data):
 def load(args):
     """The backbone that the flags name, its epoch, and a Namespace with the flags of its data."""
     for path in map(Path, filter(None, (args.json, args.export))):
-        require(path.parent.is_dir() and not path.exists(), f"'{path}' exists or has no directory")
+        require(path.parent.is_dir(), f"'{path.parent}' is not a directory")
+        require(not path.exists(), f"'{path}' exists; choose another file")
     if args.run is None:
-        require(args.checkpoint is not None, "which run? python linear_eval.py RUN_DIR")
-        require(not args.untrained, "--untrained is for a RUN_DIR")
+        require(args.checkpoint is not None, "which run? Name a RUN_DIR, or a --checkpoint")
+        require(not args.untrained, "--untrained needs a RUN_DIR")
         require(args.dataset or args.export, "--checkpoint needs --dataset")
         return *read_backbone(args.checkpoint, args.stem_padding), Namespace(**vars(args))
     few = args.untrained and args.labels_per_class
-    require(not few, "--labels-per-class compares with the untrained network anyway")
+    require(not few, "drop --untrained: --labels-per-class evaluates both")
     own = {"checkpoint", "dataset", "subset", "image_size", "stem_padding"}
     wrong = ", ".join(own.intersection(args.changed.split()))
-    require(not wrong, f"a RUN_DIR has its own {wrong}")
+    require(not wrong, f"drop {wrong}: a RUN_DIR has its own")
     run_args = read_args(args.run)
     if args.untrained:
         return untrained(run_args.seed, run_args.width, run_args.stem_padding), 0, run_args
@@ -379,7 +380,7 @@ def finished_runs(root):
             results[flags, TITLES[run_args.method], size].append(result)
         elif "epoch" in result:
             notes.append(f"Not shown: {path.parent}, evaluated after epoch {result['epoch']}.")
-    require(results, f"no result.json of a finished run below '{root}'")
+    require(results, f"no evaluated run below '{root}'; python linear_eval.py RUN_DIR first")
     return dict(sorted(results.items())), notes
 
 
@@ -428,7 +429,7 @@ def main():
         save = partial(torch.save, backbone.state_dict())
         common.from_rank_zero(common.write_atomically, Path(args.export), save)
         stem = f"nn.Conv2d(3, 64, 3, padding={backbone.conv1.padding[0]}, bias=False)"
-        print(f"torchvision's resnet18 loads it with conv1 = {stem}, maxpool = fc = nn.Identity()")
+        print(f"At width 64, resnet18 loads it: conv1 = {stem}, maxpool = fc = nn.Identity()")
         return
     device, started = common.choose_hardware(args), time.perf_counter()
     run_args.data, run_args.batch_size = args.data or run_args.data or "data", 1

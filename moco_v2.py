@@ -15,7 +15,7 @@ Contrastive Learning" (arXiv 2003.04297).
         k replaces the N oldest keys of the queue
 
     python moco_v2.py                                     # CIFAR-100, batch 256, 200 epochs
-    torchrun --nproc_per_node=4 moco_v2.py                # the same run on 4 GPUs
+    torchrun --nproc_per_node=4 moco_v2.py                # the same batches on 4 GPUs
     python moco_v2.py --memory-bank --moco-k 4096 --moco-m 0.5    # a memory bank, no queue
 """
 import copy
@@ -32,13 +32,13 @@ def arguments():
     parser, add = common.argument_parser("moco_v2", "Train MoCo v2.", loss="infonce")
     add("--moco-k", default=65536, type=number(int, 1), help="number of keys in the queue")
     add("--moco-m", default=0.99, type=number(float, 0, 1), help="momentum of the key encoder")
-    add("--symmetric", action="store_true", help="view 2 queries view 1, too")
-    add("--memory-bank", action="store_true", help="draw the negatives from K of the stored keys")
+    add("--symmetric", action="store_true", help="also use view 2 as query, view 1 as key")
+    add("--memory-bank", action="store_true", help="no queue: draw K stored keys as negatives")
     return parser
 
 
 class MoCo(nn.Module):
-    """A query encoder, trained, a key encoder, its moving average, and a queue of past keys."""
+    """A trained query encoder, a key encoder (its moving average), and a queue of past keys."""
 
     def __init__(self, args):
         super().__init__()
@@ -94,7 +94,7 @@ def main():
                 q2, k1 = parallel_model(batch.view2, batch.view1, batch.permutation)
             loss = 0.5 * (loss + contrastive_loss(q2, k1, args, batch.generator, model.queue))
             keys.append(k1)
-        run.probe.step(batch)  # learns on the side: training does not notice
+        run.probe.step(batch)  # trains the probe on detached features
 
         optimizer.zero_grad()
         loss.backward()
@@ -121,7 +121,7 @@ class MemoryBank(nn.Module):
         super().__init__()
         self.m, self.num_negatives = args.moco_m, args.moco_k
         others = num_images - args.batch_size
-        common.require(args.moco_k <= others, f"--moco-k: there are only {others} other images")
+        common.require(args.moco_k <= others, f"--memory-bank needs --moco-k {others} or less")
         common.require(not args.symmetric, "--memory-bank and --symmetric exclude each other")
         self.encoder_q = common.build_encoder(args)
         self.register_buffer("bank", F.normalize(torch.randn(num_images, args.moco_dim), dim=1))

@@ -70,7 +70,7 @@ done
 
 if [ "${1:-}" = demo ] && ! grep -qs '"untrained"' "$RUNS"/*/result.json; then
   # shellcheck disable=SC2086
-  $PYTHON linear_eval.py --untrained "$out" ${EVAL_FLAGS:-} # what the network can do before training
+  $PYTHON linear_eval.py --untrained "$out" ${EVAL_FLAGS:-} # the floor: the network before training
 fi
 echo
 $PYTHON linear_eval.py --table "$RUNS"

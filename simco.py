@@ -14,8 +14,8 @@ Negative Samples: Towards Understanding and Simplifying MoCo", CVPR 2022 (arXiv 
         update f by SGD
 
     python simco.py                                       # CIFAR-100, batch 256, 200 epochs
-    torchrun --nproc_per_node=4 simco.py                  # the same run on 4 GPUs
-    python simco.py --loss infonce                        # end-to-end contrastive learning (SimCLR)
+    torchrun --nproc_per_node=4 simco.py                  # the same batches on 4 GPUs
+    python simco.py --loss infonce                        # InfoNCE, end to end (MoCo, figure 2a)
 
 Next, `diff simco.py simmoco.py` shows what a momentum encoder adds.
 """
@@ -28,7 +28,7 @@ from common import adjust_learning_rate, autocast, contrastive_loss, number
 
 def arguments():
     parser, add = common.argument_parser("simco", "Train SimCo.", loss="dual")
-    add("--num-negatives", type=number(int, 1), metavar="K", help="per query; None: all others")
+    add("--num-negatives", type=number(int, 1), metavar="K", help="per query; default: all others")
     return parser
 
 
@@ -62,7 +62,7 @@ def main():
             q1, q2 = parallel_model(batch.view1, batch.view2)  # NxC each, L2-normalised
         loss = contrastive_loss(q1, q2, args, batch.generator)
         loss = 0.5 * (loss + contrastive_loss(q2, q1, args, batch.generator))
-        run.probe.step(batch)  # learns on the side: training does not notice
+        run.probe.step(batch)  # trains the probe on detached features
 
         optimizer.zero_grad()
         loss.backward()

@@ -15,7 +15,7 @@ Negative Samples: Towards Understanding and Simplifying MoCo", CVPR 2022 (arXiv 
         f_k = m * f_k + (1 - m) * f_q
 
     python simmoco.py                                     # CIFAR-100, batch 256, 200 epochs
-    torchrun --nproc_per_node=4 simmoco.py                # the same run on 4 GPUs
+    torchrun --nproc_per_node=4 simmoco.py                # the same batches on 4 GPUs
     python simmoco.py --loss eqco --alpha 256 --num-negatives 16 --head-bn    # SiMo (EqCo)
 
 Next, `diff simmoco.py moco_v2.py` shows what a queue adds.
@@ -31,14 +31,14 @@ from common import adjust_learning_rate, autocast, contrastive_loss, number
 
 def arguments():
     parser, add = common.argument_parser("simmoco", "Train SimMoCo.", loss="dual")
-    add("--num-negatives", type=number(int, 1), metavar="K", help="per query; None: all others")
+    add("--num-negatives", type=number(int, 1), metavar="K", help="per query; default: all others")
     add("--moco-m", default=0.99, type=number(float, 0, 1), help="momentum of the key encoder")
-    add("--symmetric", action="store_true", help="view 2 queries view 1, too")
+    add("--symmetric", action="store_true", help="also use view 2 as query, view 1 as key")
     return parser
 
 
 class SimMoCo(nn.Module):
-    """A query encoder, trained, and a key encoder, its moving average."""
+    """A trained query encoder, and a key encoder (its moving average)."""
 
     def __init__(self, args):
         super().__init__()
@@ -80,7 +80,7 @@ def main():
             with autocast(args):
                 q2, k1 = parallel_model(batch.view2, batch.view1, batch.permutation)
             loss = 0.5 * (loss + contrastive_loss(q2, k1, args, batch.generator))
-        run.probe.step(batch)  # learns on the side: training does not notice
+        run.probe.step(batch)  # trains the probe on detached features
 
         optimizer.zero_grad()
         loss.backward()

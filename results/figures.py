@@ -5,7 +5,7 @@
     python results/figures.py RUN_DIR     # augmented views; nearest neighbours before and after
 
 The first command writes to results/, the second to RUN_DIR, unless --out names another directory.
-Neither needs a network or a GPU. RUN_DIR needs its checkpoint and its images.
+Neither needs internet access or a GPU. RUN_DIR needs its checkpoint and its images.
 """
 import json
 import math
@@ -52,7 +52,7 @@ def arrow(axes, start, end, colour, style="-"):
 
 
 def draw_branch(axes, x, view, vectors, has_gradient):
-    """The way of a view up to the loss, and of the gradient back down."""
+    """Draw the path of a view up to the loss, and of the gradient back down."""
     box(axes, x, 0.5, view, filled=False)
     box(axes, x, 4.5, vectors, filled=False)
     for low in (1, 3, 5):  # to the encoder, to its output, to the loss
@@ -150,7 +150,7 @@ def logs(directory, flags):
 
 
 def draw_curves(axes, runs, name):
-    """The mean over the seeds of a figure of the log, in a band from the lowest to the highest."""
+    """Plot the mean over the seeds of an entry of the log, with a band from minimum to maximum."""
     for method in PUBLISHED:
         seeds, colour = runs[method], COLOURS[method]
         epochs = [epoch for epoch, entry in seeds[0].items() if entry.get(name) is not None]
@@ -251,6 +251,8 @@ def in_words(choices):
 
 def views(data, image, augmentation):
     """A training image and twelve of its views, each with what was done to it."""
+    count = len(data.train_images)
+    common.require(0 <= image < count, f"--image must be from 0 to {count - 1}")
     images = data.train_images[image, None].cpu()
     generator = common.seeded_generator("cpu", 0)
     choices = common.draw_choices(12, images.shape[1], generator, augmentation)

@@ -57,5 +57,5 @@ def tables(root):
 
 
 if __name__ == "__main__":
-    each, means = tables(Path(sys.argv[1]))
+    each, means = tables(Path(sys.argv[1] if len(sys.argv) > 1 else "results/longer"))
     print("\n".join([*each, "", *means]))

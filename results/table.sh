@@ -70,7 +70,7 @@ one() {
 export -f one how_far
 export TOTAL
 
-# Download the data first: two runs at a time would both begin to.
+# Download the data first, so that runs side by side do not each download it.
 python3 -c 'import common, os
 common.launch(lambda: common.load_dataset("cifar100", os.environ["DATA"]))'
 mkdir -p "$RUNS"
