@@ -73,8 +73,8 @@ class HelpFormatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=34)
 
     def _get_help_string(self, action):
-        has_none = action.default in (None, argparse.SUPPRESS) or action.default is False
-        return action.help if has_none else f"{action.help} [%(default)s]"
+        no_default = action.default in (None, argparse.SUPPRESS) or action.default is False
+        return action.help if no_default else f"{action.help} [%(default)s]"
 
 
 class Parser(argparse.ArgumentParser):
@@ -169,7 +169,7 @@ def argument_parser(name, description, loss):
 
 def setup(args):
     """Join the other processes, check the flags, and resolve "auto" and the default of --out.
-    Returns the torch.device. Raises UserError for flags that exclude each other, or the machine."""
+    Returns the torch.device. Raises UserError for flags that do not go together, or not here."""
     init_distributed(args)
     device = choose_hardware(args)
     share, groups, processes = args.batch_size // world_size(), args.bn_splits, world_size()
@@ -413,7 +413,7 @@ def read_folder(root, image_size):
 
 def draw_shapes(train=4096, test=1024, size=32, seed=0):
     """Ten classes of shapes in two tones. Position, size, brightness, tint and, a little, rotation
-    vary within a class. All but the rotation is what the augmentation varies, too."""
+    vary within a class. The augmentation varies all of these but the rotation."""
     count = train + test
     random = np.random.RandomState(seed)  # numpy promises that its stream never changes
     radius, angle = random.uniform(6, 11, count), np.deg2rad(random.uniform(-15, 15, count))
@@ -1251,7 +1251,8 @@ class Run:
         """Print an epoch, and write it to TensorBoard and log.jsonl."""
         if rank() != 0:
             return
-        epoch, board, text = entry["epoch"], self.tensorboard, f"{'(untrained)':51}"
+        epoch, board = entry["epoch"], self.tensorboard
+        text = f"{'(untrained)':51}"  # as wide as what is printed of other epochs
         if epoch > 0:
             text = f"loss {entry['loss']:7.4f}  lr {entry['lr']:.4f}"
             text += f"  {entry['images_per_second']:6.0f} images/s {entry['seconds']:7.1f} s"

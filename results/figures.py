@@ -237,8 +237,8 @@ def show(axes, image, title):
     axes.axis("off")
 
 
-def in_words(choices):
-    """What the augmentation does to one view, in order. choices: `common.Choices` of one row."""
+def in_words(choices, augmentation):
+    """What `common.augment` does to one view, in order. choices: `common.Choices` of one row."""
     top, left, height, width = (int(field) for field in choices[:4])
     lines = [f"crop {width}×{height} at ({left}, {top})" + (", flip" if choices.flip else "")]
     names = ("brightness ×{:.2f}", "contrast ×{:.2f}", "saturation ×{:.2f}", "hue {:+.3f}")
@@ -246,7 +246,9 @@ def in_words(choices):
     jitter = [names[operation].format(factor[operation]) for operation in order]
     if factor != [1, 1, 1, 0]:
         lines += [", ".join(jitter[:2]), ", ".join(jitter[2:])]
-    return "\n".join(lines + (["gray"] if choices.grayscale else []))
+    if choices.grayscale:
+        lines.insert(1 if augmentation == "v1" else len(lines), "gray")
+    return "\n".join(lines)
 
 
 def views(data, image, augmentation):
@@ -262,7 +264,7 @@ def views(data, image, augmentation):
     left, right = figure.subfigures(1, 2, width_ratios=(1, 4))
     show(left.subplots(), common.to_float(images)[0], "the image")
     for i, axes in enumerate(right.subplots(3, 4).flatten()):
-        text = in_words(choices.rows(slice(i, i + 1)))
+        text = in_words(choices.rows(slice(i, i + 1)), augmentation)
         show(axes, (augmented[i] * std + mean).clamp(0, 1), text)
     return figure
 
@@ -301,9 +303,9 @@ def of_run(run, data_directory, image):
 def main():
     parser = common.Parser(__doc__.splitlines()[0])
     parser.add_argument("run", nargs="?", metavar="RUN_DIR", help="make the pictures of this run")
-    parser.add_argument("--data", metavar="DIR", help="where its dataset is; None: as in the run")
+    parser.add_argument("--data", metavar="DIR", help="of its dataset; default: as in the run")
     parser.add_argument("--image", default=0, type=int, help="the training image to show views of")
-    parser.add_argument("--out", metavar="DIR", help="None: RUN_DIR, or results/")
+    parser.add_argument("--out", metavar="DIR", help="default: RUN_DIR, or results/")
     args = parser.parse_args()
     style = {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False}
     style |= {"axes.spines.right": False, "font.size": 10, "figure.dpi": 100}
