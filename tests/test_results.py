@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import METHODS, ROOT
 from PIL import Image
 
@@ -115,6 +116,18 @@ def test_all_pictures_of_the_readmes_are_made_by_the_script(tmp_path, tiny_run, 
     text = (ROOT / "README.md").read_text() + (ROOT / "results" / "README.md").read_text()
     shown = re.findall(r"!\[[^]]*\]\((?:results/)?([^)]+)\)", text)
     assert set(shown) == committed | {"tensorboard.png"}
+
+
+def test_the_words_under_a_view_are_in_the_order_of_its_operations():
+    choices = common.draw_choices(500, 32, torch.Generator().manual_seed(0))
+    is_jittered = (choices.factor != torch.tensor([1.0, 1.0, 1.0, 0.0])).any(dim=1)
+    view = choices.rows((is_jittered & choices.grayscale).nonzero()[:1, 0])
+    names = ["brightness", "contrast", "saturation", "hue"]
+    expected = [names[operation] for operation in view.operations[0].tolist()]
+    for augmentation, words in (("v2", [*expected, "gray"]), ("v1", ["gray", *expected])):
+        text = figures_script().in_words(view, augmentation)
+        assert re.findall("gray|brightness|contrast|saturation|hue", text) == words
+        assert text.startswith(f"crop {view.width.item()}×{view.height.item()} at ")
 
 
 def test_the_picture_of_the_losses_shows_the_gradients_by_their_formula():
