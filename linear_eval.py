@@ -321,8 +321,8 @@ PUBLISHED = {  # by Zhang et al., arXiv 2203.17248
     "SimCo": "58.04 58.29 58.35 57.08 55.34".split(),
 }
 PROBE_NOTE = """
-A dash means: not measured. The published figures (Zhang et al., 2022) are of an online probe, a
-linear classifier trained alongside the network. Compare them with our probe only.
+A dash marks what was not measured. The published figures (Zhang et al., 2022) are of an online
+probe, a linear classifier trained alongside the network. Compare them with our probe only.
 """
 MINIATURE = "subset 10000, epochs 60, width 16"  # as `changed_flags` writes it
 SHORT_QUEUE = "moco-k 13107"  # to 10 000 images what 65536 keys are to 50 000

@@ -137,10 +137,10 @@ def losses():
 # Curves of the runs in results/
 
 
-def logs(directory, flags):
+def logs(flags):
     """The logs of the runs with these flags: {method: [{epoch: entry} for each seed]}."""
     found = defaultdict(list)
-    for path in sorted(directory.rglob("log.jsonl")):
+    for path in sorted(RESULTS.rglob("log.jsonl")):
         run_args = linear_eval.read_args(path.parent)
         if linear_eval.changed_flags(run_args) == flags and run_args.batch_size == 256:
             entries = map(json.loads, path.read_text().splitlines())
@@ -165,7 +165,7 @@ def curves():
     """kNN over the epochs, in 15 and in 60 of them."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for axes, flags in zip(panels, (MINIATURE.replace("60", "15"), MINIATURE)):
-        draw_curves(axes, logs(RESULTS, flags), "knn_top1")
+        draw_curves(axes, logs(flags), "knn_top1")
         axes.set(title=flags, xlabel="epoch")
         axes.legend()
     panels[0].set(ylabel="kNN top-1 on the test set, percent")
@@ -175,7 +175,7 @@ def curves():
 def similarities():
     """The cosines of queries and positives, and of queries and negatives, over 60 epochs."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    runs = logs(RESULTS, MINIATURE)
+    runs = logs(MINIATURE)
     for axes, which in zip(panels, ("positive", "negative")):
         draw_curves(axes, runs, f"{which}_similarity")
         axes.set(title=f"{which}s", xlabel="epoch")
@@ -233,11 +233,11 @@ def batch_sizes():
 def show(axes, image, title):
     """An image, [3, H, W] in 0..1, without axes."""
     axes.imshow(image.permute(1, 2, 0).numpy(force=True), interpolation="nearest")
-    axes.set_title(title, fontsize=8)
+    axes.set_title(title, fontsize=7.5)
     axes.axis("off")
 
 
-def in_words(choices, augmentation):
+def describe(choices, augmentation):
     """What `common.augment` does to one view, in order. choices: `common.Choices` of one row."""
     top, left, height, width = (int(field) for field in choices[:4])
     lines = [f"crop {width}×{height} at ({left}, {top})" + (", flip" if choices.flip else "")]
@@ -264,7 +264,7 @@ def views(data, image, augmentation):
     left, right = figure.subfigures(1, 2, width_ratios=(1, 4))
     show(left.subplots(), common.to_float(images)[0], "the image")
     for i, axes in enumerate(right.subplots(3, 4).flatten()):
-        text = in_words(choices.rows(slice(i, i + 1)), augmentation)
+        text = describe(choices.rows(slice(i, i + 1)), augmentation)
         show(axes, (augmented[i] * std + mean).clamp(0, 1), text)
     return figure
 

@@ -247,8 +247,8 @@ TABLES = """\
 | SimCo | – | – | 58.50 ± 0.71 / 57.00 ± 0.00 / 40.00 ± 0.00 | – | – |
 | SimCo, published (probe) | 58.04 | 58.29 | 58.35 | 57.08 | 55.34 |
 
-A dash means: not measured. The published figures (Zhang et al., 2022) are of an online probe, a
-linear classifier trained alongside the network. Compare them with our probe only.
+A dash marks what was not measured. The published figures (Zhang et al., 2022) are of an online
+probe, a linear classifier trained alongside the network. Compare them with our probe only.
 
 **In miniature: subset 10000, epochs 60, width 16** (test top-1 in percent: linear / probe / kNN)
 

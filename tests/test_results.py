@@ -125,7 +125,7 @@ def test_the_words_under_a_view_are_in_the_order_of_its_operations():
     names = ["brightness", "contrast", "saturation", "hue"]
     expected = [names[operation] for operation in view.operations[0].tolist()]
     for augmentation, words in (("v2", [*expected, "gray"]), ("v1", ["gray", *expected])):
-        text = figures_script().in_words(view, augmentation)
+        text = figures_script().describe(view, augmentation)
         assert re.findall("gray|brightness|contrast|saturation|hue", text) == words
         assert text.startswith(f"crop {view.width.item()}×{view.height.item()} at ")
 
