@@ -25,11 +25,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
-from common import adjust_learning_rate, autocast, contrastive_loss, number
+from common import autocast, contrastive_loss, number
 
 
 def arguments():
-    parser, add = common.argument_parser("moco_v2", "Train MoCo v2.", loss="infonce")
+    parser = common.argument_parser("moco_v2", loss="infonce")
+    add = parser.add_argument_group("moco_v2").add_argument
     add("--moco-k", default=65536, type=number(int, 1), help="number of keys in the queue")
     add("--moco-m", default=0.99, type=number(float, 0, 1), help="momentum of the key encoder")
     add("--symmetric", action="store_true", help="also use view 2 as query, view 1 as key")
@@ -43,7 +44,7 @@ class MoCo(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.m = args.moco_m
-        self.encoder_q = common.build_encoder(args)
+        self.encoder_q = common.Encoder(args)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(args.moco_k, args.moco_dim), dim=1))
         self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.long))  # the oldest key
@@ -51,8 +52,8 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def momentum_update_key_encoder(self):
         """f_k = m * f_k + (1 - m) * f_q, parameters only: f_k has its own BatchNorm statistics."""
-        params_k, params_q = self.encoder_k.parameters(), self.encoder_q.parameters()
-        torch._foreach_lerp_(list(params_k), list(params_q), 1 - self.m)
+        for param_q, param_k in zip(self.encoder_q.parameters(), self.encoder_k.parameters()):
+            param_k.lerp_(param_q, 1 - self.m)
 
     @torch.no_grad()
     def dequeue_and_enqueue(self, keys):
@@ -63,54 +64,72 @@ class MoCo(nn.Module):
         self.queue_ptr.add_(len(keys)).remainder_(len(self.queue))  # on the device: nothing waits
 
     def forward(self, view1, view2, permutation=None):
-        q = self.encoder_q(view1)  # queries: NxC
+        q, features = self.encoder_q(view1)  # queries: NxC; for the probe: NxD
         with torch.no_grad():
-            k = self.encoder_k(common.batch_shuffle(view2, permutation))  # keys: NxC
-            k = common.batch_unshuffle(k, permutation)
-        return q, k
+            k = common.encode_shuffled(self.encoder_k, view2, permutation)  # keys: NxC
+        return q, k, features
 
 
 def main():
-    args = arguments().parse_args()
+    args = common.parse_args(arguments())
     device = common.setup(args)
-    data = common.load_data(args, device)
+    data = common.load_data(args, device, at_least=args.batch_size)
 
     torch.manual_seed(args.seed)
     model = MemoryBank(args, len(data.train_images)) if args.memory_bank else MoCo(args)
     model.to(device, memory_format=torch.channels_last)
-    optimizer = common.build_optimizer(model.encoder_q.parameters(), args)
-    run = common.Run(args, model, optimizer, model.encoder_q.backbone, data)
+    probe = nn.Linear(8 * args.width, len(data.classes)).to(device)
+    optimizer = common.build_optimizer(model.encoder_q, probe, args)
+    start_epoch = common.resume(args, model, probe, optimizer)
     parallel_model = common.parallelize(model, args)
+    parallel_probe = common.parallelize(probe, args)
 
-    @run.cuda_graph
     def step(batch):
         if args.memory_bank:
             model.look_up(batch.index, batch.generator)
         with autocast(args):
-            q, k = parallel_model(batch.view1, batch.view2, batch.permutation)  # NxC each
-        loss, keys = contrastive_loss(q, k, args, batch.generator, model.queue), [k]
+            q, k, features = parallel_model(batch.view1, batch.view2, batch.permutation)
+        positive, negative = (q * k).sum(dim=1), q @ model.queue.T  # N, NxK
+        loss, labels = contrastive_loss(positive, negative, args), batch.labels
         if args.symmetric:
             with autocast(args):
-                q2, k1 = parallel_model(batch.view2, batch.view1, batch.permutation)
-            loss = 0.5 * (loss + contrastive_loss(q2, k1, args, batch.generator, model.queue))
-            keys.append(k1)
-        run.probe.step(batch)  # trains the probe on detached features
+                q2, k1, features2 = parallel_model(batch.view2, batch.view1, batch.permutation)
+            positive2, negative2 = (q2 * k1).sum(dim=1), q2 @ model.queue.T
+            loss = 0.5 * (loss + contrastive_loss(positive2, negative2, args))
+            features, labels = torch.cat([features, features2]), labels.repeat(2)
+        probe_loss = F.cross_entropy(parallel_probe(features), labels)
 
         optimizer.zero_grad()
-        loss.backward()
+        (loss + probe_loss).backward()  # the features are detached: only the loss trains the model
         optimizer.step()
         model.momentum_update_key_encoder()
-        return loss, q, *keys
+        model.dequeue_and_enqueue(k)
+        if args.symmetric:
+            model.dequeue_and_enqueue(k1)
+        return loss.detach(), positive.detach(), negative.detach()
 
-    for epoch in range(run.start_epoch, args.epochs):
-        adjust_learning_rate(optimizer, epoch, args)
+    if args.cuda_graph == "on":
+        step = common.CUDAGraph(step)
+
+    log = common.Log(args, start_epoch)
+    if start_epoch == 0:  # the untrained network, to see how much is learnt
+        log.write(0, common.evaluate(model.encoder_q.backbone, probe, data, args))
+    for epoch in range(start_epoch, args.epochs):
+        lr = common.adjust_learning_rate(optimizer, epoch, args)
+        log.begin_epoch()
         model.train()
         for batch in common.batches(data, epoch, args):
-            loss, q, *keys = step(batch)
-            run.record(batch, loss, q, keys[0], model.queue)
-            for k in keys:
-                model.dequeue_and_enqueue(k)
-        run.end_epoch(epoch)
+            loss, positive, negative = step(batch)
+            log.add(loss)
+        common.average_batchnorm(model)
+        measured = log.training(lr) | common.contrast_statistics(positive, negative, args)
+        if (epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs:
+            measured |= common.evaluate(model.encoder_q.backbone, probe, data, args)
+        log.write(epoch + 1, measured, batch)
+        common.save_checkpoint(epoch + 1, args, model, probe, optimizer)
+    if common.RANK == 0:
+        cached = " --cached" if args.device == "cpu" else ""
+        print(f"'{args.out}' is finished. Next: python linear_eval.py {args.out}{cached}")
 
 
 class MemoryBank(nn.Module):
@@ -123,7 +142,7 @@ class MemoryBank(nn.Module):
         others = num_images - args.batch_size
         common.require(args.moco_k <= others, f"--memory-bank needs --moco-k {others} or less")
         common.require(not args.symmetric, "--memory-bank and --symmetric exclude each other")
-        self.encoder_q = common.build_encoder(args)
+        self.encoder_q = common.Encoder(args)
         self.register_buffer("bank", F.normalize(torch.randn(num_images, args.moco_dim), dim=1))
 
     @torch.no_grad()
@@ -136,9 +155,9 @@ class MemoryBank(nn.Module):
         self.keys = self.bank[index]  # NxC
 
     def forward(self, view1, view2, permutation=None):
-        q = self.encoder_q(view1)  # queries: NxC
+        q, features = self.encoder_q(view1)  # queries: NxC; for the probe: NxD
         self.updated = F.normalize(torch.lerp(q.detach(), self.keys, self.m), dim=1)
-        return q, self.keys
+        return q, self.keys, features
 
     def momentum_update_key_encoder(self):
         pass  # there is no key encoder
@@ -149,4 +168,4 @@ class MemoryBank(nn.Module):
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    common.launch(main, resumes=True)

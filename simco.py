@@ -21,14 +21,16 @@ Next, `diff simco.py simmoco.py` shows what a momentum encoder adds.
 """
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import common
-from common import adjust_learning_rate, autocast, contrastive_loss, number
+from common import autocast, contrastive_loss, number, similarities
 
 
 def arguments():
-    parser, add = common.argument_parser("simco", "Train SimCo.", loss="dual")
-    add("--num-negatives", type=number(int, 1), metavar="K", help="per query; default: all others")
+    parser = common.argument_parser("simco", loss="dual")
+    add = parser.add_argument_group("simco").add_argument
+    add("--num-negatives", type=number(int, 1), metavar="K", help="if not given: all others")
     return parser
 
 
@@ -37,45 +39,67 @@ class SimCo(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        self.encoder = common.build_encoder(args)
+        self.encoder = common.Encoder(args)
 
     def forward(self, view1, view2):
-        q1 = self.encoder(view1)  # queries: NxC
-        q2 = self.encoder(view2)  # a pass of its own: BatchNorm sees one view at a time
-        return q1, q2
+        q1, features1 = self.encoder(view1)  # queries: NxC; for the probe: NxD
+        q2, features2 = self.encoder(view2)  # not in one pass: BatchNorm sees one view at a time
+        return q1, q2, torch.cat([features1, features2])
 
 
 def main():
-    args = arguments().parse_args()
+    args = common.parse_args(arguments())
     device = common.setup(args)
-    data = common.load_data(args, device)
+    fits = (args.num_negatives or 1) < args.batch_size
+    common.require(fits, f"--num-negatives must be less than --batch-size, {args.batch_size}")
+    data = common.load_data(args, device, at_least=args.batch_size)
 
     torch.manual_seed(args.seed)
     model = SimCo(args).to(device, memory_format=torch.channels_last)
-    optimizer = common.build_optimizer(model.encoder.parameters(), args)
-    run = common.Run(args, model, optimizer, model.encoder.backbone, data)
+    probe = nn.Linear(8 * args.width, len(data.classes)).to(device)
+    optimizer = common.build_optimizer(model.encoder, probe, args)
+    start_epoch = common.resume(args, model, probe, optimizer)
     parallel_model = common.parallelize(model, args)
+    parallel_probe = common.parallelize(probe, args)
 
-    @run.cuda_graph
     def step(batch):
         with autocast(args):
-            q1, q2 = parallel_model(batch.view1, batch.view2)  # NxC each, L2-normalised
-        loss = contrastive_loss(q1, q2, args, batch.generator)
-        loss = 0.5 * (loss + contrastive_loss(q2, q1, args, batch.generator))
-        run.probe.step(batch)  # trains the probe on detached features
+            q1, q2, features = parallel_model(batch.view1, batch.view2)  # NxC, NxC, 2NxD
+        positive, negative = similarities(q1, q2, args.num_negatives, batch.generator)  # N, NxK
+        positive2, negative2 = similarities(q2, q1, args.num_negatives, batch.generator)
+        loss1 = contrastive_loss(positive, negative, args)
+        loss2 = contrastive_loss(positive2, negative2, args)
+        loss = 0.5 * (loss1 + loss2)
+        probe_loss = F.cross_entropy(parallel_probe(features), batch.labels.repeat(2))
 
         optimizer.zero_grad()
-        loss.backward()
+        (loss + probe_loss).backward()  # the features are detached: only the loss trains the model
         optimizer.step()
-        return loss, q1, q2
+        return loss.detach(), positive.detach(), negative.detach()
 
-    for epoch in range(run.start_epoch, args.epochs):
-        adjust_learning_rate(optimizer, epoch, args)
+    if args.cuda_graph == "on":
+        step = common.CUDAGraph(step)
+
+    log = common.Log(args, start_epoch)
+    if start_epoch == 0:  # the untrained network, to see how much is learnt
+        log.write(0, common.evaluate(model.encoder.backbone, probe, data, args))
+    for epoch in range(start_epoch, args.epochs):
+        lr = common.adjust_learning_rate(optimizer, epoch, args)
+        log.begin_epoch()
         model.train()
         for batch in common.batches(data, epoch, args):
-            run.record(batch, *step(batch))
-        run.end_epoch(epoch)
+            loss, positive, negative = step(batch)
+            log.add(loss)
+        common.average_batchnorm(model)
+        measured = log.training(lr) | common.contrast_statistics(positive, negative, args)
+        if (epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs:
+            measured |= common.evaluate(model.encoder.backbone, probe, data, args)
+        log.write(epoch + 1, measured, batch)
+        common.save_checkpoint(epoch + 1, args, model, probe, optimizer)
+    if common.RANK == 0:
+        cached = " --cached" if args.device == "cpu" else ""
+        print(f"'{args.out}' is finished. Next: python linear_eval.py {args.out}{cached}")
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    common.launch(main, resumes=True)

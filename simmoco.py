@@ -24,14 +24,16 @@ import copy
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import common
-from common import adjust_learning_rate, autocast, contrastive_loss, number
+from common import autocast, contrastive_loss, number, similarities
 
 
 def arguments():
-    parser, add = common.argument_parser("simmoco", "Train SimMoCo.", loss="dual")
-    add("--num-negatives", type=number(int, 1), metavar="K", help="per query; default: all others")
+    parser = common.argument_parser("simmoco", loss="dual")
+    add = parser.add_argument_group("simmoco").add_argument
+    add("--num-negatives", type=number(int, 1), metavar="K", help="if not given: all others")
     add("--moco-m", default=0.99, type=number(float, 0, 1), help="momentum of the key encoder")
     add("--symmetric", action="store_true", help="also use view 2 as query, view 1 as key")
     return parser
@@ -43,58 +45,79 @@ class SimMoCo(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.m = args.moco_m
-        self.encoder_q = common.build_encoder(args)
+        self.encoder_q = common.Encoder(args)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
 
     @torch.no_grad()
     def momentum_update_key_encoder(self):
         """f_k = m * f_k + (1 - m) * f_q, parameters only: f_k has its own BatchNorm statistics."""
-        params_k, params_q = self.encoder_k.parameters(), self.encoder_q.parameters()
-        torch._foreach_lerp_(list(params_k), list(params_q), 1 - self.m)
+        for param_q, param_k in zip(self.encoder_q.parameters(), self.encoder_k.parameters()):
+            param_k.lerp_(param_q, 1 - self.m)
 
     def forward(self, view1, view2, permutation=None):
-        q = self.encoder_q(view1)  # queries: NxC
+        q, features = self.encoder_q(view1)  # queries: NxC; for the probe: NxD
         with torch.no_grad():
-            k = self.encoder_k(common.batch_shuffle(view2, permutation))  # keys: NxC
-            k = common.batch_unshuffle(k, permutation)
-        return q, k
+            k = common.encode_shuffled(self.encoder_k, view2, permutation)  # keys: NxC
+        return q, k, features
 
 
 def main():
-    args = arguments().parse_args()
+    args = common.parse_args(arguments())
     device = common.setup(args)
-    data = common.load_data(args, device)
+    fits = (args.num_negatives or 1) < args.batch_size
+    common.require(fits, f"--num-negatives must be less than --batch-size, {args.batch_size}")
+    data = common.load_data(args, device, at_least=args.batch_size)
 
     torch.manual_seed(args.seed)
     model = SimMoCo(args).to(device, memory_format=torch.channels_last)
-    optimizer = common.build_optimizer(model.encoder_q.parameters(), args)
-    run = common.Run(args, model, optimizer, model.encoder_q.backbone, data)
+    probe = nn.Linear(8 * args.width, len(data.classes)).to(device)
+    optimizer = common.build_optimizer(model.encoder_q, probe, args)
+    start_epoch = common.resume(args, model, probe, optimizer)
     parallel_model = common.parallelize(model, args)
+    parallel_probe = common.parallelize(probe, args)
 
-    @run.cuda_graph
     def step(batch):
         with autocast(args):
-            q, k = parallel_model(batch.view1, batch.view2, batch.permutation)  # NxC each
-        loss = contrastive_loss(q, k, args, batch.generator)
+            q, k, features = parallel_model(batch.view1, batch.view2, batch.permutation)
+        positive, negative = similarities(q, k, args.num_negatives, batch.generator)  # N, NxK
+        loss, labels = contrastive_loss(positive, negative, args), batch.labels
         if args.symmetric:
             with autocast(args):
-                q2, k1 = parallel_model(batch.view2, batch.view1, batch.permutation)
-            loss = 0.5 * (loss + contrastive_loss(q2, k1, args, batch.generator))
-        run.probe.step(batch)  # trains the probe on detached features
+                q2, k1, features2 = parallel_model(batch.view2, batch.view1, batch.permutation)
+            positive2, negative2 = similarities(q2, k1, args.num_negatives, batch.generator)
+            loss = 0.5 * (loss + contrastive_loss(positive2, negative2, args))
+            features, labels = torch.cat([features, features2]), labels.repeat(2)
+        probe_loss = F.cross_entropy(parallel_probe(features), labels)
 
         optimizer.zero_grad()
-        loss.backward()
+        (loss + probe_loss).backward()  # the features are detached: only the loss trains the model
         optimizer.step()
         model.momentum_update_key_encoder()
-        return loss, q, k
+        return loss.detach(), positive.detach(), negative.detach()
 
-    for epoch in range(run.start_epoch, args.epochs):
-        adjust_learning_rate(optimizer, epoch, args)
+    if args.cuda_graph == "on":
+        step = common.CUDAGraph(step)
+
+    log = common.Log(args, start_epoch)
+    if start_epoch == 0:  # the untrained network, to see how much is learnt
+        log.write(0, common.evaluate(model.encoder_q.backbone, probe, data, args))
+    for epoch in range(start_epoch, args.epochs):
+        lr = common.adjust_learning_rate(optimizer, epoch, args)
+        log.begin_epoch()
         model.train()
         for batch in common.batches(data, epoch, args):
-            run.record(batch, *step(batch))
-        run.end_epoch(epoch)
+            loss, positive, negative = step(batch)
+            log.add(loss)
+        common.average_batchnorm(model)
+        measured = log.training(lr) | common.contrast_statistics(positive, negative, args)
+        if (epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs:
+            measured |= common.evaluate(model.encoder_q.backbone, probe, data, args)
+        log.write(epoch + 1, measured, batch)
+        common.save_checkpoint(epoch + 1, args, model, probe, optimizer)
+    if common.RANK == 0:
+        cached = " --cached" if args.device == "cpu" else ""
+        print(f"'{args.out}' is finished. Next: python linear_eval.py {args.out}{cached}")
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    common.launch(main, resumes=True)

@@ -7,6 +7,7 @@
 The first command writes to results/, the second to RUN_DIR, unless --out names another directory.
 Neither needs internet access or a GPU. RUN_DIR needs its checkpoint and its images.
 """
+import argparse
 import json
 import math
 import statistics
@@ -17,6 +18,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+import torch.nn.functional as F
+import torchvision
 from matplotlib.patches import FancyBboxPatch
 from PIL import Image
 
@@ -26,9 +29,11 @@ import matplotlib.pyplot as plt  # noqa: E402
 RESULTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(RESULTS.parent))
 
+import table  # noqa: E402
+from table import BATCH_SIZES, MINIATURE, MINIATURE_ROWS, PUBLISHED, RECIPE_ROWS  # noqa: E402
+
 import common  # noqa: E402
 import linear_eval  # noqa: E402
-from linear_eval import BATCH_SIZES, MINIATURE, MINIATURE_ROWS, PUBLISHED, RECIPE_ROWS  # noqa: E402
 
 COLOURS = {name: f"C{i}" for i, name in enumerate(MINIATURE_ROWS)}
 FORWARD, GRADIENT, FOLLOWS = "0.3", "tab:red", "tab:blue"  # of arrows
@@ -112,17 +117,17 @@ def losses():
 
     def gradient(loss, **flags):
         query = q.clone().requires_grad_()
-        loss(query, k, 0.1, queue=queue, **flags).backward()
+        loss((query * k).sum(dim=1), query @ queue.T, 0.1, **flags).backward()
         return query.grad.norm(dim=1).numpy()
 
-    decoupled = gradient(common.dcl_loss)
+    decoupled = gradient(common.dcl)
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     p = torch.sigmoid(-m).numpy()
     axes.plot(p, decoupled / decoupled, "--", color="0.3", label="DCL")
     for dt_m, colour in zip((30, 10, 3, 1), ("#08306b", "#2171b5", "#6baed6", "#9ecae1")):
-        length = gradient(common.dual_temperature_loss, dt_m=dt_m) / decoupled
+        length = gradient(common.dual_temperature, dt_m=dt_m) / decoupled
         axes.plot(p, length, color=colour, label=f"dual temperature, dt_m = {dt_m}")
-    length = gradient(common.info_nce_loss) / decoupled
+    length = gradient(common.info_nce) / decoupled
     axes.plot(p, length, ":", color="tab:red", lw=2.5, label="InfoNCE, the same as dt_m = 1")
     ticks = (0.01, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
     axes.set(xscale="logit", xlabel="p, with T = 0.1 and 255 negatives of the same cosine")
@@ -141,10 +146,10 @@ def logs(flags):
     """The logs of the runs with these flags: {method: [{epoch: entry} for each seed]}."""
     found = defaultdict(list)
     for path in sorted(RESULTS.rglob("log.jsonl")):
-        run_args = linear_eval.read_args(path.parent)
-        if linear_eval.changed_flags(run_args) == flags and run_args.batch_size == 256:
+        run_args = table.read_args(path.parent)
+        if table.changed_flags(run_args) == flags and run_args.batch_size == 256:
             entries = map(json.loads, path.read_text().splitlines())
-            method = linear_eval.TITLES[run_args.method]
+            method = table.TITLES[run_args.method]
             found[method].append({entry["epoch"]: entry for entry in entries})
     return found
 
@@ -185,7 +190,7 @@ def similarities():
 
 
 def draw_measured(axes, results, rows, measure, style):
-    """A line over the batch size for each row of a table, see linear_eval.MINIATURE_ROWS."""
+    """A line over the batch size for each row of a table, see table.MINIATURE_ROWS."""
     for name, (flags, method) in rows.items():
         points = []
         for size in BATCH_SIZES:
@@ -199,7 +204,7 @@ def draw_measured(axes, results, rows, measure, style):
 
 def batch_sizes():
     """Accuracy over the batch size, published and measured, on one scale in both panels."""
-    results, _ = linear_eval.finished_runs(RESULTS)
+    results, _ = table.finished_runs(RESULTS)
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.7), sharex=True, layout="constrained")
     left, right = panels
     styles = {"published (probe)": "^--", "measured, probe": "s-", "measured, linear": "o:"}
@@ -237,16 +242,16 @@ def show(axes, image, title):
     axes.axis("off")
 
 
-def describe(choices, augmentation):
-    """What `common.augment` does to one view, in order. choices: `common.Choices` of one row."""
-    top, left, height, width = (int(field) for field in choices[:4])
-    lines = [f"crop {width}×{height} at ({left}, {top})" + (", flip" if choices.flip else "")]
+def describe(params, augmentation):
+    """What `common.augment` does to one view, in order. params: `common.ViewParams` of one row."""
+    top, left, height, width = params.box[0].tolist()
+    lines = [f"crop {width}×{height} at ({left}, {top})" + (", flip" if params.flip else "")]
     names = ("brightness ×{:.2f}", "contrast ×{:.2f}", "saturation ×{:.2f}", "hue {:+.3f}")
-    order, factor = choices.operations[0].tolist(), choices.factor[0].tolist()
+    order, factor = params.order[0].tolist(), params.factor[0].tolist()
     jitter = [names[operation].format(factor[operation]) for operation in order]
     if factor != [1, 1, 1, 0]:
         lines += [", ".join(jitter[:2]), ", ".join(jitter[2:])]
-    if choices.grayscale:
+    if params.grayscale:
         lines.insert(1 if augmentation == "v1" else len(lines), "gray")
     return "\n".join(lines)
 
@@ -257,23 +262,44 @@ def views(data, image, augmentation):
     common.require(0 <= image < count, f"--image must be from 0 to {count - 1}")
     images = data.train_images[image, None].cpu()
     generator = common.seeded_generator("cpu", 0)
-    choices = common.draw_choices(12, images.shape[1], generator, augmentation)
-    augmented = common.augment(images.expand(12, -1, -1, -1), choices, augmentation)
+    params = common.draw_params(12, images.shape[1], generator, augmentation)
+    augmented = common.augment(images.expand(12, -1, -1, -1), params, augmentation)
     mean, std = (torch.tensor(x)[:, None, None] for x in (common.MEAN, common.STD))
     figure = plt.figure(figsize=(10, 6.6), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 4))
     show(left.subplots(), common.to_float(images)[0], "the image")
     for i, axes in enumerate(right.subplots(3, 4).flatten()):
-        text = describe(choices.rows(slice(i, i + 1)), augmentation)
+        text = describe(common.ViewParams(*(x[i : i + 1] for x in params)), augmentation)
         show(axes, (augmented[i] * std + mean).clamp(0, 1), text)
     return figure
 
 
-def neighbours(before, after, data):
-    """Test images and their nearest training images, by an untrained and by a trained backbone."""
+def picture_of_neighbours(train, test, data, count=8, k=5):
+    """`count` test images, spread over the classes, each followed by its k nearest training images,
+    framed in green if they have its class. train, test: the features, float [n, D]. Returns the
+    picture, float [3, H, W] in 0..1; the labels of its rows, int64 [count]; and how many of the k
+    neighbours have the right class over the whole test set, in percent."""
+    chunks = F.normalize(test, dim=1).split(500)
+    found = [(chunk @ F.normalize(train, dim=1).T).topk(k, dim=1).indices for chunk in chunks]
+    neighbours = torch.cat(found)  # [n, k]
+    same = data.train_labels[neighbours] == data.test_labels[:, None]
+    rows = data.test_labels.argsort(stable=True)
+    rows = rows[torch.arange(count) * len(rows) // count]
+    images = [data.test_images[rows, None], data.train_images[neighbours[rows]]]
+    images = common.to_float(torch.cat(images, dim=1).flatten(0, 1))
+    framed = F.pad(images, (2, 2, 2, 2), value=1.0)
+    green = torch.tensor([0.0, 0.7, 0.2], device=images.device)[:, None, None]
+    framed[F.pad(same[rows], (1, 0)).flatten()] = green  # but for the test images
+    framed[:, :, 2:-2, 2:-2] = images
+    picture = torchvision.utils.make_grid(framed, nrow=k + 1, padding=1, pad_value=1)
+    return picture, data.test_labels[rows], 100 * same.float().mean().item()
+
+
+def neighbours(features, data):
+    """Test images and their nearest training images. features: {name: those of train, of test}."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 6.4), layout="constrained")
-    for axes, features, name in zip(panels, (before, after), ("untrained", "trained")):
-        picture, labels, same = linear_eval.picture_of_neighbours(features, data)
+    for axes, (name, (train, test)) in zip(panels, features.items()):
+        picture, labels, same = picture_of_neighbours(train, test, data)
         axes.imshow(picture.permute(1, 2, 0).numpy(force=True), interpolation="nearest")
         axes.set_title(f"{name}: {same:.1f} % of all neighbours right", fontsize=11)
         side, width = picture.shape[1] / len(labels), picture.shape[2]
@@ -287,21 +313,33 @@ def neighbours(before, after, data):
 
 
 def of_run(run, data_directory, image):
-    """The pictures of a run: {name: figure}."""
+    """The pictures of a run, {name: figure}. Adds neighbours, and test features for the projector,
+    to its TensorBoard events."""
+    from torch.utils.tensorboard import SummaryWriter  # slow to import
+
     args = linear_eval.arguments().parse_args([str(run)])
-    backbone, _, run_args = linear_eval.load(args)
-    device = common.choose_hardware(args)
-    run_args.data, run_args.batch_size = data_directory or run_args.data, 1
-    data = common.load_data(run_args, device)
-    backbone.to(device, memory_format=torch.channels_last)
-    start = linear_eval.untrained_like(backbone, run_args.seed, data)
-    before, after = (linear_eval.extract_features(x, data, args) for x in (start, backbone))
+    device = common.init_device(args)
+    args.data = data_directory
+    backbone, _, args = linear_eval.load(args)
+    run_args = table.read_args(run)
+    start = linear_eval.untrained(run_args.seed, run_args.width, run_args.stem_padding)
+    data, features = common.load_data(args, device), {}
+    for name, network in dict(untrained=start, trained=backbone).items():
+        network.to(device, memory_format=torch.channels_last)
+        images = data.train_images, data.test_images
+        features[name] = [common.extract_features(network, x, args) for x in images]
+    names = [data.classes[label] for label in data.test_labels[:2000].tolist()]
+    small = common.to_float(data.test_images[:2000])
+    with SummaryWriter(run) as board:
+        board.add_embedding(features["trained"][1][:2000], names, small, tag="test_features")
+        for name, (train, test) in features.items():
+            board.add_image(f"neighbours/{name}", picture_of_neighbours(train, test, data)[0])
     pictures = dict(views=views(data, image, run_args.augmentation))
-    return dict(pictures, neighbours=neighbours(before, after, data))
+    return dict(pictures, neighbours=neighbours(features, data))
 
 
 def main():
-    parser = common.Parser(__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", nargs="?", metavar="RUN_DIR", help="make the pictures of this run")
     parser.add_argument("--data", metavar="DIR", help="of its dataset; default: as in the run")
     parser.add_argument("--image", default=0, type=int, help="the training image to show views of")

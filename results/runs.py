@@ -13,12 +13,10 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from linear_eval import in_words  # noqa: E402
+from table import in_words
 
 RATE = 0.3
-STATISTICS = "probe_top1 knn_top1 alignment uniformity effective_rank".split()
+STATISTICS = "probe_top1 knn_top1 effective_rank".split()
 
 
 def read(run):
@@ -37,9 +35,9 @@ def read(run):
 def tables(root):
     """Both tables, as two lists of lines."""
     runs = {path.parent.name: read(path.parent) for path in sorted(root.rglob("result.json"))}
-    statistics = "probe | kNN | alignment | uniformity | effective rank |"
+    statistics = "probe | kNN | effective rank |"
     each = [f"| run | linear | its rate | at {RATE} | {statistics} precision | minutes |"]
-    each.append("|---" * 11 + "|")
+    each.append("|---" * 9 + "|")
     settings = defaultdict(list)
     for name, figures in runs.items():
         values = [figures.get(name) for name in ("linear_top1", "at_rate", *STATISTICS)]
@@ -49,7 +47,7 @@ def tables(root):
         # With dt_m = 1 the weight is 1: that is InfoNCE, with other roundings.
         setting = re.sub("dt-m-1$", "loss-infonce", re.sub(r"-seed\d+$", "", name))
         settings[setting].append(values[1:])
-    means = [f"| setting | runs | linear at {RATE} | {statistics}", "|---" * 8 + "|"]
+    means = [f"| setting | runs | linear at {RATE} | {statistics}", "|---" * 6 + "|"]
     for setting, rows in sorted(settings.items()):
         words = map(in_words, zip(*rows))
         means.append(f"| {setting} | {len(rows)} | {' | '.join(words)} |")

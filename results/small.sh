@@ -52,4 +52,4 @@ if ! grep -qs '"untrained"' "$RUNS"/*/result.json; then
   python3 linear_eval.py "$out" --untrained --cached # what the network can do before training
 fi
 echo
-python3 linear_eval.py --table "$RUNS"
+python3 results/table.py "$RUNS"

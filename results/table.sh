@@ -2,7 +2,7 @@
 # The table in miniature, every method at every batch size, and then the other runs that
 # results/README.md compares: other losses, InfoNCE at twice the learning rate, symmetric variants,
 # more seeds, and as many steps at batch size 64 as at 256. All are the recipe on CIFAR-100, but for
-# a narrow network, a fifth of the images and 60 epochs (15 for as many steps). There are 41 runs of
+# a narrow network, a fifth of the images and 60 epochs (15 for as many steps). There are 40 runs of
 # 20 minutes to two hours each, on one CPU core and with up to 6 GB of memory.
 # Finished runs are skipped, interrupted ones resume. What a run prints is in RUNS/NAME.log.
 #
@@ -39,7 +39,6 @@ runs+="
 0 simmoco --loss infonce
 0 simmoco --symmetric
 0 moco_v2 --symmetric --moco-k 4096
-0 simmoco --probe both
 0 moco_v2 --moco-k 256
 1 moco_v2
 "
@@ -71,12 +70,13 @@ export -f one how_far
 export TOTAL
 
 # Download the data first, so that runs side by side do not each download it.
-python3 -c 'import common, os
-common.launch(lambda: common.load_dataset("cifar100", os.environ["DATA"]))'
+python3 -c 'import common, os, simco
+args = simco.arguments().parse_args(["--data", os.environ["DATA"]])
+common.launch(lambda: common.read_dataset(args))'
 mkdir -p "$RUNS"
 how_far
 status=0
 xargs -P "${JOBS:-2}" -L 1 bash -euo pipefail -c 'one "$@"' one <<<"$runs" || status=$?
 echo
-python3 linear_eval.py --table "$RUNS"
+python3 results/table.py "$RUNS"
 exit $status

@@ -1,0 +1,139 @@
+"""Markdown tables of all evaluated runs below a directory.
+
+    python results/table.py runs/
+
+First the published table and the one in miniature, if there are runs of theirs; then a row for each
+other setting: what differs from the recipe, which is the scripts' defaults.
+"""
+import json
+import statistics
+import sys
+from argparse import Namespace
+from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import common  # noqa: E402
+import moco_v2  # noqa: E402
+import simco  # noqa: E402
+import simmoco  # noqa: E402
+
+TITLES = dict(moco_v2="MoCo v2", simmoco="SimMoCo", simco="SimCo")
+RECIPES = {x.__name__: vars(x.arguments().parse_args([])) for x in (moco_v2, simmoco, simco)}
+# Flags that do not make another row: a table has columns for the batch size, and means over seeds.
+IGNORED = (*common.MACHINE_FLAGS, "method", "seed", "batch_size", "precision", "knn_every")
+RETIRED = dict(probe="query", image_size=32, deterministic=False)  # earlier flags, and defaults
+
+BATCH_SIZES = (64, 128, 256, 512, 1024)
+PUBLISHED = {  # by Zhang et al., arXiv 2203.17248
+    "MoCo v2": "52.58 54.40 53.28 51.47 48.90".split(),
+    "SimMoCo": "54.02 54.93 54.11 52.45 49.70".split(),
+    "SimCo": "58.04 58.29 58.35 57.08 55.34".split(),
+}
+PROBE_NOTE = """
+A dash marks what was not measured. The published figures (Zhang et al., 2022) are of an online
+probe, a linear classifier trained alongside the network. Compare them with our probe only.
+"""
+MINIATURE = "subset 10000, epochs 60, width 16"  # as changed_flags writes it
+SHORT_QUEUE = "moco-k 13107"  # to 10 000 images what 65536 keys are to 50 000
+# The rows of the two tables by batch size: {name: (flags, method)}.
+RECIPE_ROWS = {method: ("", method) for method in PUBLISHED}
+MINIATURE_ROWS = {method: (MINIATURE, method) for method in PUBLISHED}
+MINIATURE_ROWS[f"MoCo v2, {SHORT_QUEUE}"] = (f"{MINIATURE}, {SHORT_QUEUE}", "MoCo v2")
+
+
+def read_args(run):
+    """The flags of a run, as a Namespace."""
+    args = common.read_json(Path(run, "args.json"))
+    common.require(args.get("method") in RECIPES, f"'{run}' is not a run of this project")
+    return Namespace(**args)
+
+
+def changed_flags(run_args):
+    """The flags that are not the recipe's, in words: "epochs 15, symmetric"."""
+    recipe, words = {**RETIRED, **RECIPES[run_args.method]}, []
+    for name, value in vars(run_args).items():
+        if name in recipe and name not in IGNORED and value != recipe[name]:
+            words.append(f"{name.replace('_', '-')} {value}".removesuffix(" True"))
+    return ", ".join(words)
+
+
+def in_words(values):
+    """Their mean, and their standard deviation if there are several; None stands for no value."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    spread = f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else ""
+    note = f" (of {len(known)})" if len(known) < len(values) else ""
+    return f"{statistics.mean(known):.2f}{spread}{note}"
+
+
+def last_probe(run):
+    """The accuracy of a run's probe after its last epoch, if it was measured."""
+    log = Path(run, "log.jsonl")
+    lines = log.read_text().splitlines() if log.exists() else ["{}"]
+    return json.loads(lines[-1]).get("probe_top1")
+
+
+def finished_runs(root):
+    """The results of the evaluated runs below a directory, {(flags, method, batch size): list of
+    dict}, sorted, and notes on those that are left out, a list of str."""
+    results, notes = defaultdict(list), []
+    for path in sorted(Path(root).rglob("result.json")):
+        run_args, result = read_args(path.parent), common.read_json(path)
+        flags, size = changed_flags(run_args), run_args.batch_size
+        if "untrained" in result:
+            results[flags, "untrained", size].append(result["untrained"])
+        if result.get("epoch") == run_args.epochs:
+            result["probe_top1"] = last_probe(path.parent)
+            results[flags, TITLES[run_args.method], size].append(result)
+        elif "epoch" in result:
+            notes.append(f"Not shown: {path.parent}, evaluated after epoch {result['epoch']}.")
+    common.require(results, f"no evaluated run below '{root}'; python linear_eval.py RUN_DIR first")
+    return dict(sorted(results.items())), notes
+
+
+def table_by_batch_size(heading, rows):
+    """Markdown. rows: {name: the cells, one for each of BATCH_SIZES}."""
+    names = "".join(f" batch {size} |" for size in BATCH_SIZES)
+    text = f"**{heading}** (test top-1 in percent: linear / probe / kNN)\n\n| |{names}\n"
+    text += "|---" * (1 + len(BATCH_SIZES)) + "|\n"
+    return text + "".join(f"| {name} | {' | '.join(cells)} |\n" for name, cells in rows.items())
+
+
+def table(root):
+    """All tables, and the notes."""
+    results, notes = finished_runs(root)
+    figures, tables = {}, []
+    for (flags, method, size), rows in results.items():
+        names = ("linear_top1", "probe_top1", "knn_top1")
+        figures[flags, method, size] = [in_words([row.get(name) for row in rows]) for name in names]
+        if len({str(row["protocol"]) for row in rows}) > 1:
+            notes.append(f"Evaluated by several protocols: {method}, batch {size}, {flags}.")
+
+    def cells(flags, method):
+        return [" / ".join(figures.pop((flags, method, size), ["–"])) for size in BATCH_SIZES]
+
+    recipe = {name: cells(*which) for name, which in RECIPE_ROWS.items()}
+    miniature = {name: cells(*which) for name, which in MINIATURE_ROWS.items()}
+    if any("dataset" not in flags for flags, _, _ in results):  # CIFAR-100 is the default
+        rows = {}
+        for method, published in PUBLISHED.items():
+            rows |= {method: recipe[method], f"{method}, published (probe)": published}
+        title = "CIFAR-100, ResNet-18, 200 epochs"
+        tables.append(table_by_batch_size(title, rows) + PROBE_NOTE)
+    if any(cell != "–" for row in miniature.values() for cell in row):
+        tables.append(table_by_batch_size(f"In miniature: {MINIATURE}", miniature))
+    if figures:  # all that is in neither table
+        text = "**Other settings** (top-1 in percent on the test set)\n\n"
+        text += "| method | flags | batch | linear | probe | kNN | seeds |\n" + "|---" * 7 + "|\n"
+        for (flags, method, size), words in figures.items():
+            seeds = len(results[flags, method, size])
+            text += f"| {method} | {flags} | {size} | {' | '.join(words)} | {seeds} |\n"
+        tables.append(text)
+    return "\n".join([*tables, *notes]).strip()
+
+
+if __name__ == "__main__":
+    common.launch(lambda: print(table(sys.argv[1] if len(sys.argv) > 1 else "runs")))
