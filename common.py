@@ -1,11 +1,11 @@
-"""What simco.py, simmoco.py and moco_v2.py share, in the order in which the data flows: 1. flags
-and errors, 2. processes, 3. datasets, 4. augmentation, 5. network, 6. losses, 7. evaluation while
-training, 8. optimizer, CUDA graph, checkpoint and log.
+"""What the three scripts share, in the order in which the data flows: 1. flags and errors,
+2. processes, 3. datasets, 4. augmentation, 5. network, 6. losses, 7. evaluation while training,
+8. optimizer, CUDA graph, checkpoint and log.
 
 Papers: MoCo (arXiv 1911.05722), MoCo v2 (2003.04297), EqCo (2010.01929), DCL (2110.06848), and DT
 (2203.17248), "dual temperature", the paper of SimMoCo and SimCo. Shapes: N images per step and
-process, M per step in all processes, SxS pixels, D features of the backbone, C dimensions of a
-query or key, K negatives per query; n: any number of images.
+process, M per step in all processes, SxS pixels, D features, C dimensions of a query or key, K
+negatives per query; n: any number of images.
 """
 import argparse
 import json
@@ -35,7 +35,7 @@ from tqdm import tqdm
 # 1. Flags and errors ------------------------------------------------------------------------------
 
 # Where a run is computed, not what: these flags may change when it resumes or is repeated.
-MACHINE_FLAGS = ("config", "data", "out", "device", "compile", "cuda_graph")
+MACHINE_FLAGS = ("data", "out", "device", "compile", "cuda_graph")
 # What args.json has, or had in earlier versions, besides the flags that define a run.
 NO_FLAGS = (*MACHINE_FLAGS, "environment", "changed", "deterministic", "image_size", "probe")
 
@@ -108,6 +108,7 @@ def parse_args(parser):
         names = [x for x in earlier if earlier[x] != defaults.get(x, ...) and x not in NO_FLAGS]
         flags = [f"--{x.replace('_', '-')}={earlier[x]}".removesuffix("=True") for x in names]
         args = parser.parse_args(flags + sys.argv[1:])
+    del args.config
     return args
 
 
@@ -168,15 +169,14 @@ def require(condition, message):
         sys.exit(2)
 
 
-def launch(main, resumes=False):
+def launch(main, if_interrupted=""):
     """Run a script. A file that cannot be read or written is a mistake that the user can fix."""
     try:
         main()
     except OSError as error:
         require(False, error)
     except KeyboardInterrupt:
-        how = "; to resume, run the same command again" if resumes else ""
-        print(f"\ninterrupted{how}", file=sys.stderr)
+        print(f"\ninterrupted{if_interrupted}", file=sys.stderr)
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -365,9 +365,8 @@ def batches(data, epoch, args):
 
     make_views = compiled(augment) if args.compile == "on" else augment
     several_groups = args.bn_splits > 1 or (WORLD_SIZE > 1 and not args.sync_bn)
-    visible = RANK == 0 and sys.stderr.isatty()
     bar = dict(desc=f"epoch {epoch + 1}/{args.epochs}", total=args.epochs * steps, leave=False)
-    for step in tqdm(range(steps), initial=epoch * steps, disable=not visible, **bar):
+    for step in tqdm(range(steps), initial=epoch * steps, disable=RANK > 0 or None, **bar):
         own, both = index[step], ViewParams(*(x[step] for x in params))
         images = data.train_images[own].repeat(2, 1, 1, 1)
         view1, view2 = make_views(images, both, args.augmentation).chunk(2)
@@ -725,7 +724,7 @@ def knn_predict(features, bank, bank_labels, num_classes, k=200, temperature=0.1
 def effective_rank(features):
     """RankMe (Garrido et al., arXiv 2210.02885): e^H, where H is the entropy of the singular values
     of features [n, D], scaled to sum to 1. From 1 (all rows are parallel) to D."""
-    gram = features.double().T @ features.double()  # DxD: faster than an SVD of the features
+    gram = (features.double().T @ features.double()).nan_to_num(0, 0, 0)  # DxD: an SVD is slower
     singular_values = torch.linalg.eigvalsh(gram.cpu()).clamp(min=0).sqrt()
     p = singular_values / singular_values.sum() + 1e-7  # so that log 0 is never asked for
     return (-p * p.log()).sum().exp().item()
@@ -829,7 +828,8 @@ def resume(args, model, probe, optimizer):
 def open_run(args):
     """Create --out, or check that it is a run of these flags. Returns its checkpoint, or None."""
     path, flags = Path(args.out), Path(args.out, "args.json")
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    cpu = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else cpu
     environment = f"torch {torch.__version__}, {WORLD_SIZE} x {machine}"
     ours = dict(vars(args), environment=environment)
     if not flags.exists():

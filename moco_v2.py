@@ -168,4 +168,4 @@ class MemoryBank(nn.Module):
 
 
 if __name__ == "__main__":
-    common.launch(main, resumes=True)
+    common.launch(main, if_interrupted="; to resume, run the same command again")

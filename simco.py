@@ -102,4 +102,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.launch(main, resumes=True)
+    common.launch(main, if_interrupted="; to resume, run the same command again")
