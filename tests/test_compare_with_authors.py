@@ -14,10 +14,10 @@ import simco
 class TheirSimCo(nn.Module):
     def __init__(self, temperature):
         super().__init__()
-        args = simco.arguments().parse_args(["--width", "2"])
-        self.encoder, self.projector = common.build_encoder(args).children()
+        args = simco.arguments().parse_args(["--width", "8"])
+        self.encoder, self.projector = common.Encoder(args).children()
         # SimCo has no key encoder, but their class does.
-        self.momentum_encoder, self.momentum_projector = common.build_encoder(args).children()
+        self.momentum_encoder, self.momentum_projector = common.Encoder(args).children()
         self.features_dim, self.temperature = self.encoder.num_features, temperature
 
     def configure_optimizers(self):
@@ -50,7 +50,7 @@ def test_steps_agree_if_the_method_is_the_same(temperature, agrees, monkeypatch)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     torch.set_default_dtype(torch.float64)
     try:
-        compare_with_authors.compare_steps(simco, "--width 2", TheirSimCo(temperature))
+        compare_with_authors.compare_steps(simco, "--width 8", TheirSimCo(temperature))
     finally:
         torch.set_default_dtype(torch.float32)
     assert compare_with_authors.verdicts == [agrees] * 3  # losses, weights, probe

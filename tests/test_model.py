@@ -1,9 +1,10 @@
-"""The network against torchvision's, kNN against its definition, and the learning rate."""
+"""The network against torchvision's, evaluation against its definition, and the learning rate."""
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torchvision
+from conftest import drawn
 
 import common
 import simco
@@ -29,12 +30,25 @@ def test_backbone_is_torchvisions_but_for_the_stem(stem_padding):
     torch.testing.assert_close(dict(ours.state_dict()), dict(theirs.state_dict()))
 
 
-@pytest.mark.parametrize("width", [1, 8])
-def test_width_scales_every_layer(width):
-    encoder, x = common.Encoder(width, stem_padding=2, dim=16), torch.randn(3, 3, 32, 32)
-    assert encoder.backbone(x).shape == (3, 8 * width)
-    assert encoder(x).shape == (3, 16)
-    torch.testing.assert_close(encoder(x).norm(dim=1), torch.ones(3))  # float32
+ENCODERS = {  # by flags: all kinds of BatchNorm, and of layers in the head
+    "--head mlp": ({nn.BatchNorm2d}, {nn.Linear, nn.ReLU}),
+    "--head linear": ({nn.BatchNorm2d}, {nn.Linear}),
+    "--head-bn --sync-bn": ({nn.BatchNorm2d, nn.BatchNorm1d}, None),
+    "--head-bn --bn-splits 3": ({common.SplitBatchNorm}, None),
+}
+
+
+@pytest.mark.parametrize("flags", ENCODERS)
+def test_encoder(flags):
+    flags, (norms, head) = [*flags.split(), "--width=16", "--moco-dim=24"], ENCODERS[flags]
+    encoder = common.Encoder(simco.arguments().parse_args(flags))
+    x = common.to_float(drawn(3, 1).train_images)
+    q, features = encoder.eval()(x)
+    assert features.shape == (3, 128) and q.shape == (3, 24)
+    assert torch.equal(features, encoder.backbone(x)) and not features.requires_grad
+    torch.testing.assert_close(q.norm(dim=1), torch.ones(3))  # float32
+    assert {type(x) for x in encoder.modules() if hasattr(x, "running_mean")} == norms
+    assert head in (None, {type(x) for x in encoder.head.modules()} - {nn.Sequential})
 
 
 @pytest.mark.parametrize("k", [1, 20, 200, 1000])  # the last: more neighbours than there are
@@ -63,49 +77,42 @@ def test_knn_holds_few_similarities_at_once(monkeypatch):
     assert sizes == [32, 32, 6]
 
 
-def test_monitor_counts_right_predictions():
-    train, test = torch.arange(300) % 10, torch.arange(50) % 10
-    images = [255 * nn.functional.one_hot(x, 48).view(-1, 4, 4, 3).byte() for x in (train, test)]
-    test[:5] = 9 - test[:5]  # wrong
-    data = common.Dataset(images[0], train, images[1], test, list("abcdefghij"))
-    backbone = nn.Flatten()
-    backbone.num_features = 48
-    probe = common.Probe(ARGS, backbone, 10, torch.device("cpu"))
-    prototypes = common.extract_features(backbone, data.train_images[:10], ARGS)
-    probe.classifier.load_state_dict(dict(weight=prototypes, bias=torch.zeros(10)))
-    measured = common.monitor(backbone, probe, data, ARGS)
-    assert (measured["knn_top1"], measured["probe_top1"]) == (90, 90)
+@pytest.mark.parametrize("dimensions", [1, 3, 12])
+def test_effective_rank_agrees_with_numpy(dimensions):
+    random = np.random.default_rng(0)
+    x = random.normal(size=(60, dimensions)) @ random.normal(size=(dimensions, 12))
+    singular_values = np.linalg.svd(x, compute_uv=False)
+    p = singular_values / singular_values.sum() + 1e-7
+    # A Gram matrix has squared singular values: those near 0 keep half of the digits of float64.
+    expected = pytest.approx(np.exp(-np.sum(p * np.log(p))), rel=1e-6)
+    assert common.effective_rank(torch.from_numpy(x)) == expected
 
 
 def test_features_are_of_the_eval_mode_and_leave_the_backbone_alone():
-    images, backbone = common.draw_shapes(1100, 10).train_images, common.resnet18(2).train()
+    images, backbone = drawn(1100, 10).train_images, common.resnet18(8).train()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     features = common.extract_features(backbone, images, ARGS)  # in two chunks
     torch.testing.assert_close(dict(backbone.state_dict()), before, rtol=0, atol=0)
-    assert backbone.training
     normalize = torchvision.transforms.Normalize(common.MEAN, common.STD)
     expected = backbone.eval()(normalize(images.permute(0, 3, 1, 2) / 255))
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_fp32_means_that_convolutions_do_not_round_to_tf32():
-    for precision in ("bf16", "fp32"):
-        flags = ["--precision", precision, "--device", "cpu"]
-        common.choose_hardware(simco.arguments().parse_args(flags))
-        assert torch.backends.cudnn.allow_tf32 == (precision == "bf16")
-
-
-def test_learning_rate():
+def test_learning_rates_of_encoder_and_probe():
     def rates(*flags):
-        args, parameter = simco.arguments().parse_args(flags), torch.zeros(1, requires_grad=True)
-        optimizer = torch.optim.SGD([parameter], 1.0)
+        args = simco.arguments().parse_args(["--device", "cpu", *flags])
+        optimizer = common.build_optimizer(nn.Linear(1, 1), nn.Linear(1, 1), args)
         for epoch in range(args.epochs):
-            common.adjust_learning_rate(optimizer, epoch, args)
-            yield optimizer.param_groups[0]["lr"]
+            returned = common.adjust_learning_rate(optimizer, epoch, args)
+            encoder, probe = (float(group["lr"]) for group in optimizer.param_groups)
+            assert encoder == returned
+            yield encoder, probe
+            optimizer.param_groups[0]["lr"] = torch.tensor(9.0).double()  # as on a GPU
 
     # Lightning Bolts' LinearWarmupCosineAnnealingLR, stepped per epoch.
-    cosine = 0.03 * (1 + np.cos(np.pi * np.arange(190) / 190))
-    expected = [*np.linspace(0.003, 0.06, 10), *cosine]
-    assert list(rates("--batch-size", "512")) == pytest.approx(expected, rel=1e-9)
+    cosine = 0.5 * (1 + np.cos(np.pi * np.arange(190) / 190))
+    expected = [[*np.linspace(0.003, peak, 10), *peak * cosine] for peak in (0.06, 0.3)]
+    np.testing.assert_allclose([*zip(*rates("--batch-size", "512"))], expected, rtol=1e-9)
     steps = rates("--schedule", "step", "--epochs", "35", "--warmup-epochs", "2")
-    assert list(steps) == pytest.approx([0.003, *[0.03] * 20, *[0.003] * 7, *[0.0003] * 7])
+    expected = [[0.003, *[x] * 20, *[x / 10] * 7, *[x / 100] * 7] for x in (0.03, 0.3)]
+    np.testing.assert_allclose([*zip(*steps)], expected, rtol=1e-9)

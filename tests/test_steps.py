@@ -1,12 +1,14 @@
 """The real steps of each script against the papers' pseudocode, written out plainly."""
 import copy
-import json
 import math
 
 import pytest
 import torch
-from conftest import METHODS, TINY
-from distributed_worker import MODELS
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import METHODS, MODELS, TINY
+from test_runs import log_of
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import common
 import moco_v2
@@ -39,89 +41,98 @@ def plain_loss(positive, negative, args):
     return -(weight * (s / args.moco_t).log_softmax(dim=1)[:, 0]).mean()
 
 
-def plain_sgd(parameters, velocities, loss, epoch, args):
-    """SGD as PyTorch defines it, with a cosine schedule: there is no warm-up in so short a run."""
-    lr = 0.03 * 32 / 256 * 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
-    gradients = torch.autograd.grad(loss, parameters)
-    with torch.no_grad():
-        for parameter, velocity, gradient in zip(parameters, velocities, gradients):
-            velocity.mul_(0.9).add_(gradient + 5e-4 * parameter)
-            parameter.sub_(lr * velocity)
-
-
-def assert_same_state(model, state, queue):
+def assert_same_state(state, modules, queue):
     """float32 rounds to 6e-8, and a step sums some thousand numbers."""
-    for name, value in model.state_dict().items():
-        if not name.startswith("queue"):
-            torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-6)
+    expected = modules.state_dict()
     if queue is not None:
-        oldest_first = state["queue"].roll(-state["queue_ptr"].item(), dims=0)
+        oldest_first = state["0.queue"].roll(-state["0.queue_ptr"].item(), dims=0)
         torch.testing.assert_close(oldest_first, queue, rtol=1e-4, atol=1e-6)
+    for name in expected.keys() - {"0.queue", "0.queue_ptr"}:
+        torch.testing.assert_close(state[name], expected[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    "method, flags",
+    "command",
     [
-        ("simco", ""),
-        ("simco", "--dt-m 3 --moco-t 0.2"),
-        ("simco", "--loss infonce"),
-        ("simco", "--loss dcl"),
-        ("simmoco", ""),
-        ("simmoco", "--symmetric --moco-m 0.5"),
-        ("simmoco", "--loss eqco --alpha 256"),
-        ("moco_v2", "--moco-k 100"),  # 32 keys a step do not divide it
-        ("moco_v2", "--moco-k 20 --moco-m 0.5"),  # the batch is larger than the queue
-        ("moco_v2", "--moco-k 100 --symmetric"),
+        "simco",
+        "simco --dt-m 3 --moco-t 0.2",
+        "simco --loss infonce",
+        "simco --loss dcl",
+        "simmoco",
+        "simmoco --symmetric --moco-m 0.5",
+        "simmoco --loss eqco --alpha 256",
+        "moco_v2 --moco-k 100",  # 32 keys a step do not divide it
+        "moco_v2 --moco-k 20 --moco-m 0.5",  # the batch is larger than the queue
+        "moco_v2 --moco-k 100 --symmetric",
+        "moco_v2 --moco-k 20 --moco-m 0.5 --memory-bank",
     ],
 )
-def test_steps_agree_with_the_pseudocode(method, flags, tiny_run, monkeypatch):
-    """Each step begins with the script's own weights, as training amplifies rounding."""
-    batches, models, states = common.batches, [], []
+def test_steps_agree_with_the_pseudocode(command, tiny_run, monkeypatch):
+    """Each step begins with the script's own weights, as training amplifies rounding. The probe is
+    a linear classifier of its own: nothing that it learns moves the rest of the network."""
+    batches, modules, states = common.batches, [], []
 
     def batches_and_states(*what):
         for batch in batches(*what):
-            states.append(copy.deepcopy(models[0].state_dict()))
+            states.append(copy.deepcopy(nn.ModuleList(modules).state_dict()))
             yield batch
 
-    monkeypatch.setattr(common, "parallelize", lambda model, args: models.append(model) or model)
+    monkeypatch.setattr(common, "parallelize", lambda module, _: modules.append(module) or module)
     monkeypatch.setattr(common, "batches", batches_and_states)
-    out = tiny_run(method, *flags.split())
-    log = [json.loads(line) for line in (out / "log.jsonl").open()]
+    method, *flags = command.split()
+    out = tiny_run(method, *flags)
+    args = METHODS[method].arguments().parse_args([*TINY, *flags])
+    is_simco, has_bank = method == "simco", "--memory-bank" in flags
+    num_views = 2 if is_simco or args.symmetric else 1
 
-    args = METHODS[method].arguments().parse_args([*TINY, *flags.split()])
     data = common.load_data(args, torch.device("cpu"))
     torch.manual_seed(args.seed)
-    model = getattr(METHODS[method], MODELS[method])(args).train()
-    model.to(memory_format=torch.channels_last)
-    f_q = model.encoder if method == "simco" else model.encoder_q
-    parameters = list(f_q.parameters())
-    velocities = [torch.zeros_like(parameter) for parameter in parameters]
-    queue = model.queue.clone() if method == "moco_v2" else None
+    model = moco_v2.MemoryBank(args, 64) if has_bank else MODELS[method](args)
+    model.to(memory_format=torch.channels_last).train()
+    f_q, probe = model.encoder if is_simco else model.encoder_q, nn.Linear(64, 10)
+    both = nn.ModuleList([model, probe])
+    sgd = torch.optim.SGD(f_q.parameters(), 0.03 * 32 / 256, momentum=0.9, weight_decay=5e-4)
+    probe_sgd = torch.optim.SGD(probe.parameters(), 0.3, momentum=0.9)
+    schedules = [CosineAnnealingLR(x, args.epochs) for x in (sgd, probe_sgd)]  # without a warm-up
+    queue = model.queue.clone() if method == "moco_v2" and not has_bank else None
     for epoch in range(args.epochs):
         losses = []
         for batch in batches(data, epoch, args):
-            assert_same_state(model, states[0], queue)
-            model.load_state_dict(states.pop(0))
-            if method == "simco":
-                q, k = f_q(batch.view1), f_q(batch.view2)
-                queries_and_keys = [(q, k), (k, q)]
+            assert_same_state(states[0], both, queue)
+            both.load_state_dict(states.pop(0))
+            negatives = queue
+            queries, features = zip(*map(f_q, (batch.view1, batch.view2)[:num_views]))
+            if is_simco:
+                keys = queries[::-1]
+            elif has_bank:
+                keys, chance = [model.bank[batch.index]], torch.rand(64, generator=batch.generator)
+                chance[batch.index] = -1  # no image of the batch is a negative
+                negatives = model.bank[chance.argsort(descending=True)[: args.moco_k]]
             else:
-                q, k = f_q(batch.view1), model.encoder_k(batch.view2).detach()
-                queries_and_keys = [(q, k)]
-                if args.symmetric:
-                    q2, k1 = f_q(batch.view2), model.encoder_k(batch.view1).detach()
-                    queries_and_keys.append((q2, k1))
-            similarities = [plain_similarities(*pair, queue) for pair in queries_and_keys]
-            loss = sum(plain_loss(*pair, args) for pair in similarities) / len(similarities)
-            plain_sgd(parameters, velocities, loss, epoch, args)
+                views = (batch.view2, batch.view1)[:num_views]
+                keys = [model.encoder_k(view)[0].detach() for view in views]
+            pairs = zip(queries, keys)
+            similarities = [plain_similarities(q, k, negatives) for q, k in pairs]
+            loss = sum(plain_loss(*pair, args) for pair in similarities) / num_views
             losses.append(loss.item())
-            if method != "simco":
+            labels = data.train_labels[batch.index].repeat(num_views)
+            probe_loss = F.cross_entropy(probe(torch.cat(features)), labels)
+            for optimizer, its_loss in ((sgd, loss), (probe_sgd, probe_loss)):
+                optimizer.zero_grad()
+                its_loss.backward()
+                optimizer.step()
+            if has_bank:
+                mean = 0.5 * keys[0] + 0.5 * queries[0].detach()
+                model.bank[batch.index] = F.normalize(mean, dim=1)
+            elif not is_simco:
                 with torch.no_grad():
-                    for key, query in zip(model.encoder_k.parameters(), parameters):
+                    for key, query in zip(model.encoder_k.parameters(), f_q.parameters()):
                         key.copy_(args.moco_m * key + (1 - args.moco_m) * query)
-            if method == "moco_v2":  # first in, first out
-                queue = torch.cat([queue, *(k for _, k in queries_and_keys)])[-args.moco_k :]
+            if queue is not None:  # first in, first out
+                queue = torch.cat([queue, *keys])[-args.moco_k :]
 
+        for schedule in schedules:
+            schedule.step()
         # The loss is of all steps. The statistics are of the last one, and of the queue that its
         # loss saw: a key is not yet a negative of itself.
         positive, negative = similarities[0]
@@ -131,19 +142,14 @@ def test_steps_agree_with_the_pseudocode(method, flags, tiny_run, monkeypatch):
         if args.loss == "dual":
             weight = plain_weight(positive, negative, args)
             expected["dual_temperature_weight"] = weight.mean().item()
-        logged = {name: log[epoch + 1][name] for name in expected}
+        entry = log_of(out)[epoch + 1]
+        logged = {name: entry[name] for name in expected}
         assert logged == pytest.approx(expected, rel=1e-5, abs=1e-6)
-    assert_same_state(model, common.load_checkpoint(out / "checkpoint.pth")["model"], queue)
-
-
-@pytest.mark.parametrize("size, batch", [(12, 4), (12, 5), (7, 7), (5, 12), (1, 3)])
-def test_queue_is_first_in_first_out(size, batch):
-    flags = ["--moco-k", str(size), "--moco-dim", "3", "--width", "1"]
-    model = moco_v2.MoCo(moco_v2.arguments().parse_args(flags))
-    assert torch.allclose(model.queue.norm(dim=1), torch.ones(size))
-    expected = model.queue.clone()
-    for _ in range(9):
-        keys = torch.randn(batch, 3)
-        model.dequeue_and_enqueue(keys)
-        expected = torch.cat([expected, keys])[-size:]
-        assert torch.equal(model.queue.roll(-model.queue_ptr.item(), dims=0), expected)
+    assert_same_state(nn.ModuleList(modules).state_dict(), both, queue)
+    views = [common.normalize(common.to_float(x)) for x in (data.train_images, data.test_images)]
+    bank, features = (f_q.eval()(x)[1] for x in views)
+    knn = common.knn_predict(features, bank, data.train_labels, 10)
+    for name, predicted in (("knn_top1", knn), ("probe_top1", probe(features).argmax(dim=1))):
+        share = 100 * (predicted == data.test_labels).double().mean().item()
+        assert entry[name] == pytest.approx(share, abs=100 / 256)  # a tie at most
+    assert entry["effective_rank"] == pytest.approx(common.effective_rank(features), rel=1e-4)

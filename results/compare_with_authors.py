@@ -2,15 +2,12 @@
 
     git clone https://github.com/ChaoningZhang/Dual-temperature
     pip install --no-deps lightning-bolts                    # has their learning rate scheduler
-    python tests/compare_with_authors.py Dual-temperature    # three minutes on one core
+    python results/compare_with_authors.py Dual-temperature    # three minutes on one core
 
 Compared are the losses and their gradients, the learning rates, and eight training steps of each
 method: `main()` of our script makes the views and trains, and after each of its steps the authors'
-class, set up by their shell script, takes a step on the same views. The online probe, their metric,
-takes part, as by --probe both. Not compared are the running statistics of BatchNorm. They differ in
-MoCo v2 and SimMoCo, where the authors' extra passes for online classifiers update them as well.
-
-PyTorch Lightning may be missing, or of any version: their classes only log and count steps by it.
+class, set up by their shell script, takes a step on the same views. In MoCo v2 and SimMoCo, their
+probe learns from both views, and that updates BatchNorm's running statistics: not compared there.
 Exit code 0: all that was compared agrees; 1: something differs; 2: DIR is not such a clone.
 """
 import importlib.util
@@ -23,33 +20,38 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.insert(0, f"{sys.path[0]}/..")  # where common.py is
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "results")]
+
+import prepare  # noqa: E402
+
 import common  # noqa: E402
 import moco_v2  # noqa: E402
 import simco  # noqa: E402
 import simmoco  # noqa: E402
 
 DIM, TEMPERATURE, STEPS, BATCH, QUEUE, IMAGE_SIZE = 128, 0.1, 8, 16, 64, 16
-# Tolerances. Rounding changes a sum of n products by at most n EPS times the sum of their sizes. So
-# a cosine errs by DIM EPS, and a logit by 1 / TEMPERATURE of that; a loss by twice that, for it is
-# the difference of two functions of logits; a gradient by q or k by 1 / TEMPERATURE of a loss.
+# Tolerances. A sum of n products errs by at most n EPS times the sum of their sizes: a cosine by
+# DIM EPS, a loss, a difference of functions of logits, by twice that over TEMPERATURE, a gradient
+# by that over TEMPERATURE once more. In a step, the longest sums are over all pixels of a batch's
+# first maps, 2 larger than its images. Errors of random sign make sqrt(n) EPS out of n EPS, which
+# then has room for n such sums, one after the other; 20 layers, there and back, in 8 steps are
+# 320.
 EPS = torch.finfo(torch.float64).eps
 LOSS, GRADIENT = 2 * DIM * EPS / TEMPERATURE, 2 * DIM * EPS / TEMPERATURE**2
-# The longest sums of a training step are over all pixels of a batch's first maps, 2 larger than its
-# images. Errors of random sign make sqrt(n) EPS out of n EPS, which then has room for n such sums,
-# one after the other; 20 layers, there and back, in 8 steps are 320. Losses: over TEMPERATURE.
 WEIGHT = BATCH * (IMAGE_SIZE + 2) ** 2 * EPS
 verdicts = []  # True or False for each comparison
 
 
 def report(what, measured, tolerance):
     verdicts.append(measured <= tolerance)  # False for nan
-    verdict = f"tolerance {tolerance:.1e}: {'agrees' if verdicts[-1] else 'DIFFERS'}"
-    print(f"{what:38} {measured:7.1e}, {verdict}", flush=True)
+    verdict = "agrees" if verdicts[-1] else "DIFFERS"
+    print(f"{what:38} {measured:7.1e}, tolerance {tolerance:.1e}: {verdict}", flush=True)
 
 
 def difference(a, b):
@@ -57,20 +59,14 @@ def difference(a, b):
 
 
 def import_authors(directory):
-    """Let their package be imported, with a stand-in for what it imports but does not need here."""
-    try:
-        from pytorch_lightning import __version__ as lightning
-    except Exception:  # not installed, or not made for this torch
-        lightning = "none; its LightningModule is replaced by torch.nn.Module"
-    print(f"PyTorch Lightning: {lightning}")
+    """Let their package be imported, with a stand-in for what it imports but does not need here:
+    by PyTorch Lightning, their classes only log and count steps."""
     stand_in = mock.MagicMock(LightningModule=nn.Module, Callback=object, Metric=object)
     stand_in.under_review = lambda: lambda decorated: decorated
     names = "pytorch_lightning pytorch_lightning.callbacks torchmetrics.metric "
     names += "timm.models.swin_transformer timm.models.vision_transformer "  # other networks
     names += "pl_bolts.utils.stability pl_bolts.optimizers.lr_scheduler"  # for now
-    missing = [name for name in names.split() if name not in sys.modules]
-    print("Stand-ins for what is not needed:", *missing)
-    sys.modules.update(dict.fromkeys(missing, stand_in))
+    sys.modules.update(dict.fromkeys(names.split(), stand_in))
     sys.dont_write_bytecode = True  # leave the clone as it is
     sys.path.insert(0, str(directory))
 
@@ -120,12 +116,12 @@ def compare_learning_rates(directory):
     for batch_size in (64, 128, 256, 512, 1024):
         theirs = authors_method(directory, "simco.sh", "--batch_size", batch_size)
         [optimizer], [scheduler] = theirs.configure_optimizers()
-        args = simco.arguments().parse_args(["--batch-size", str(batch_size)])
-        ours, differences = torch.optim.SGD([torch.zeros(1)]), []
+        args = simco.arguments().parse_args(["--batch-size", str(batch_size), "--device", "cpu"])
+        ours, differences = common.build_optimizer(nn.Linear(1, 1), nn.Linear(1, 1), args), []
         for epoch in range(theirs.max_epochs):
-            common.adjust_learning_rate(ours, epoch, args)
-            rates = [optimizer.param_groups[group]["lr"] for group in (0, -1)]  # backbone and head
-            differences += [abs(rate - ours.param_groups[0]["lr"]) for rate in rates]
+            rate = common.adjust_learning_rate(ours, epoch, args)
+            for group in (0, -1):  # backbone and head
+                differences.append(abs(rate - optimizer.param_groups[group]["lr"]))
             optimizer.step()
             scheduler.step()  # makes each rate from the last one, so that its errors add up
         tolerance = theirs.max_epochs * EPS * theirs.lr
@@ -146,8 +142,8 @@ def compare_steps(module, flags, theirs):
     copies, rows = dict(encoder=query, encoder_q=query, encoder_k=key), []
 
     def batches(*which, our_batches=common.batches):
-        model, probe = parallelize.call_args.args[0], begin_epoch.call_args.args[0].probe
-        theirs.classifier.load_state_dict(probe.classifier.state_dict())
+        _, model, probe, _ = resume.call_args.args
+        theirs.classifier.load_state_dict(probe.state_dict())
         for name, encoder in model.named_children():
             copies[name].load_state_dict(encoder.state_dict())
         if module is moco_v2:
@@ -160,39 +156,36 @@ def compare_steps(module, flags, theirs):
             optimizer.step()
             theirs.trainer.global_step += 1
             theirs.on_train_batch_end(None, None, step, 0)  # updates the key encoder
-            row = dict(losses=difference(record.call_args.args[2], logged["train_nce_loss"]))
+            row = dict(losses=difference(add.call_args.args[1], logged["train_nce_loss"]))
             for name, encoder in model.named_children():
                 pairs = zip(encoder.parameters(), copies[name].parameters())
                 row[name] = max(difference(*pair) for pair in pairs)
-            row["probe"] = difference(probe.classifier.weight, theirs.classifier.weight)
+            if module is simco:
+                row["probe"] = difference(probe.weight, theirs.classifier.weight)
             if module is moco_v2:
                 row["queue"] = difference(model.queue.T, theirs.queue[1])
             rows.append(row)
 
     with tempfile.TemporaryDirectory() as folder:
-        flags += f" --batch-size {BATCH} --epochs 1 --device cpu --precision fp32 --probe both"
-        images = common.draw_shapes(train=STEPS * BATCH, test=BATCH, size=IMAGE_SIZE)
-        spy = partial(mock.patch, autospec=True)
+        np.savez(f"{folder}/shapes.npz", **prepare.draw_shapes(STEPS * BATCH, BATCH, IMAGE_SIZE))
+        flags += f" --dataset shapes --data {folder} --out {folder}/run --batch-size {BATCH}"
+        flags += " --epochs 1 --device cpu --precision fp32"
         with (
-            mock.patch("sys.argv", [module.__name__, *flags.split(), "--out", f"{folder}/run"]),
+            mock.patch("sys.argv", [module.__name__, *flags.split()]),
             mock.patch("sys.stdout", io.StringIO()),
-            mock.patch.multiple(common, batches=batches, load_data=lambda *_: images),
-            mock.patch("common.parallelize", wraps=common.parallelize) as parallelize,
-            spy("common.Run.begin_epoch", side_effect=common.Run.begin_epoch) as begin_epoch,
-            spy("common.Run.record", side_effect=common.Run.record) as record,
+            mock.patch("common.batches", batches),
+            mock.patch("common.resume", wraps=common.resume) as resume,
+            mock.patch("common.Log.add", autospec=True, side_effect=common.Log.add) as add,
         ):
             module.main()
     assert len(rows) == STEPS
     for name in rows[0]:
         tolerance = WEIGHT / TEMPERATURE if name == "losses" else WEIGHT
-        measured = max(row[name] for row in rows)
-        report(f"{module.__name__}, {STEPS} steps: {name}", measured, tolerance)
+        report(f"{module.__name__}, {STEPS} steps: {name}", max(r[name] for r in rows), tolerance)
 
 
 def main():
-    parser = common.Parser(__doc__.splitlines()[0])
-    parser.add_argument("dir", type=Path, metavar="DIR", help="clone of their repository")
-    directory = parser.parse_args().dir.resolve()
+    directory = Path(*sys.argv[1:]).resolve()
     is_clone = (directory / "solo/losses/dual_temperature_loss.py").exists()
     common.require(is_clone, f"'{directory}' is not a clone of ChaoningZhang/Dual-temperature")
     torch.set_default_dtype(torch.float64)
