@@ -105,7 +105,8 @@ def test_interrupted_run_ends_with_the_same_bits(command, tiny_run, interrupted_
 
 # What makes a script wait, so that it can be interrupted, when it has trained an epoch.
 WAITS = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # even where it is ignored, as by nohup
 write = common.Log.write
 def write_and_wait(log, epoch, *others):
     write(log, epoch, *others)
