@@ -5,16 +5,18 @@
     python results/prepare.py folder my_images --image-size 64 --out data/mine.npz
 
 A folder is my_images/train/CLASS/IMAGE and my_images/test/CLASS/IMAGE. The images are resized and
-cropped to squares. Without labels, put all images into one class: only the probe and the evaluation
-use the classes. The file has the arrays train_images (uint8 [N, S, S, 3]), train_labels (integers
-[N]), test_images, test_labels and classes.
+cropped to squares; 16-bit ones are scaled to 8 bits, what is transparent becomes white, and of an
+animation the first frame is taken. What is left out is printed. Without labels, put all images into
+one class: only the probe and the evaluation use the classes. The .npz file has the arrays
+train_images (uint8 [N, S, S, 3]), train_labels (integers [N]), test_images, test_labels, classes.
 """
 import argparse
 import sys
-from collections import Counter
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -24,39 +26,65 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 
 
+def to_rgb(image):
+    """A PIL image, upright and in mode RGB."""
+    # 16 bits of gray. (Some versions of PIL take these PNGs for 32 bits. PNG has at most 16.)
+    is_deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    if image.mode in ("I", "F") and not is_deep:
+        raise ValueError("its pixels have 32 bits; save it with 8 or 16")
+    image = ImageOps.exif_transpose(image)
+    if is_deep:
+        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
+    if image.mode.upper().endswith("A") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def read_image(size, path):
-    """uint8 [size, size, 3], or the reason why there is none: a str."""
+    """uint8 [size, size, 3], or the reason why there is no image: a str."""
     if path.name.startswith("."):
         return "hidden"
     if not path.is_file():
         return "not a file"
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
+            image = ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BICUBIC)
     except UnidentifiedImageError:
         return "not an image"
     except Exception as error:  # each format fails in its own way
         raise OSError(f"cannot read the image '{path}': {error}") from None
-    return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
+    return np.asarray(image)
 
 
 def read_split(folder, size):
     """The images, labels and classes of a directory of directories. Prints what was found."""
     common.require(folder.is_dir(), f"there is no directory '{folder}'")
     known = sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
-    images, labels = [], []
-    left_out = Counter("not in a class" for path in folder.iterdir() if path not in known)
-    for label, path in enumerate(known):
-        with ThreadPoolExecutor() as pool:
-            found = list(pool.map(partial(read_image, size), sorted(path.iterdir())))
-        left_out.update(image for image in found if isinstance(image, str))
-        found = [image for image in found if not isinstance(image, str)]
-        common.require(found, f"'{path}' has no images")
-        images += found
-        labels += [label] * len(found)
     common.require(known, f"'{folder}' has no directories of images, one for each class")
-    print(f"{folder}: {len(images)} images in {len(known)} classes", end="")
-    print("".join(f"; left out, {reason}: {n}" for reason, n in left_out.items()))
+    images, labels, left_out, seen = [], [], defaultdict(list), set()
+    left_out["not in a class"] = sorted(set(folder.iterdir()) - set(known))
+    for label, directory in enumerate(known):
+        paths = sorted(directory.iterdir())
+        with ThreadPoolExecutor() as pool:
+            found = list(pool.map(partial(read_image, size), paths))
+        for path, image in zip(paths, found):
+            file = path.resolve()
+            if isinstance(image, str):
+                left_out[image].append(path)
+            elif file in seen:
+                left_out["linked twice"].append(path)
+            else:
+                seen.add(file)
+                images.append(image)
+                labels.append(label)
+        fault = f"'{directory}' has no images, or only ones that other classes have"
+        common.require(label in labels[-1:], fault)
+    print(f"{folder}: {len(images)} images in {len(known)} classes")
+    for reason, paths in left_out.items():
+        if paths:
+            some = ", ".join(str(path.relative_to(folder)) for path in paths[:3])
+            print(f"  left out, {reason}: {len(paths)} ({some}{', ...' * (len(paths) > 3)})")
     return np.stack(images), np.array(labels), np.array([path.name for path in known])
 
 
@@ -65,6 +93,10 @@ def read_folder(root, size):
     *test, test_classes = read_split(Path(root, "test"), size)
     odd = ", ".join(sorted({*train_classes} ^ {*test_classes}))
     common.require(not odd, f"'{root}': only one of train and test has the class {odd}")
+    known = {image.tobytes() for image in train[0]}
+    again = sum(image.tobytes() in known for image in test[0])
+    if again > 0:
+        print(f"{again} of the test images are training images, too: no fair test")
     return dict(zip(common.Dataset._fields, (*train, *test, train_classes)))
 
 
@@ -119,19 +151,21 @@ def draw_shapes(train=4096, test=1024, size=32, seed=0):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("what", choices=("shapes", "folder"))
     parser.add_argument("folder", nargs="?", help="with train/CLASS/IMAGE and test/CLASS/IMAGE")
-    parser.add_argument("--image-size", default=32, type=common.number(int, 1), help="in pixels")
+    size = dict(type=common.number(int, 1), metavar="S", help="of a folder; if not given: 32")
+    parser.add_argument("--image-size", **size)
     parser.add_argument("--out", metavar="FILE", help="if not given: data/NAME.npz")
     args = parser.parse_args()
     is_folder = args.what == "folder"
     common.require(is_folder == (args.folder is not None), "say which folder, or only: shapes")
+    common.require(is_folder or args.image_size is None, "shapes are 32x32: drop --image-size")
     name = Path(args.folder).resolve().name if is_folder else "shapes"
     path = Path(args.out or f"data/{name}.npz")
     common.require(path.suffix == ".npz", f"--out '{path}' must end in .npz")
     common.require(not path.exists(), f"'{path}' exists; choose another --out")
-    arrays = read_folder(args.folder, args.image_size) if is_folder else draw_shapes()
+    arrays = read_folder(args.folder, args.image_size or 32) if is_folder else draw_shapes()
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(temporary):
@@ -139,7 +173,7 @@ def main():
             np.savez_compressed(file, **arrays)
 
     common.write_atomically(path, write)
-    print(f"{path}: train with --dataset {path.stem} --data {path.parent}")
+    print(f"{path}: train with --dataset {quote(path.stem)} --data {quote(str(path.parent))}")
 
 
 if __name__ == "__main__":
