@@ -1,6 +1,5 @@
-"""What the three scripts share, in the order in which the data flows: 1. flags and errors,
-2. processes, 3. datasets, 4. augmentation, 5. network, 6. losses, 7. evaluation while training,
-8. optimizer, CUDA graph, checkpoint and log.
+"""What the three scripts share, in the order in which the data flows: flags and errors, processes,
+datasets, augmentation, network, losses, evaluation while training, optimizer, checkpoint and log.
 
 Papers: MoCo (arXiv 1911.05722), MoCo v2 (2003.04297), EqCo (2010.01929), DCL (2110.06848), and DT
 (2203.17248), "dual temperature", the paper of SimMoCo and SimCo. Shapes: N images per step and
@@ -8,11 +7,14 @@ process, M per step in all processes, SxS pixels, D features, C dimensions of a 
 negatives per query; n: any number of images.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
+import threading
 import time
 from functools import cache, partial
 from pathlib import Path
@@ -35,19 +37,18 @@ from tqdm import tqdm
 # 1. Flags and errors ------------------------------------------------------------------------------
 
 # Where a run is computed, not what: these flags may change when it resumes or is repeated.
-MACHINE_FLAGS = ("data", "out", "device", "compile", "cuda_graph")
-# What args.json has, or had in earlier versions, besides the flags that define a run.
-NO_FLAGS = (*MACHINE_FLAGS, "environment", "changed", "deterministic", "image_size", "probe")
+MACHINE_FLAGS = ("data", "out", "device", "compile", "cuda_graph", "environment")
+NO_FLAGS = (*MACHINE_FLAGS, "images", "changed")  # what args.json has, or had, besides the others
+RETIRED = dict(probe="query", image_size=32, deterministic=False)  # earlier flags, as it is now
+SECONDS_BETWEEN_CHECKPOINTS = 60  # at least
 
 
 def number(kind, low, high=1e9):
     """An argparse type: an int or a float, whichever `kind` is, from `low` to `high`."""
-
     def number(text):  # argparse says "invalid number value" if it is none
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high:g}")
         return kind(text)
-
     return number
 
 
@@ -56,16 +57,13 @@ def argument_parser(method, loss):
     count, positive = number(int, 1), number(float, 1e-6)
     style = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     parser = argparse.ArgumentParser(usage=f"python {method}.py [--flag value ...]", **style)
-    parser.set_defaults(method=method)
-    parser.add_argument("--config", metavar="FILE", help="args.json of a run, to repeat it")
-
-    add = parser.add_argument_group("data").add_argument
+    parser.set_defaults(method=method, images=None)
+    parser.add_argument("--config", metavar="FILE", help="args.json of a run to repeat")
+    add = parser.add_argument_group("data and training").add_argument
     add("--dataset", default="cifar100", help="cifar10, cifar100, or NAME of a file DATA/NAME.npz")
     add("--data", default="data", metavar="DIR", help="where it is, or is downloaded to")
     add("--subset", type=count, metavar="N", help="train on N images, balanced by class")
     add("--augmentation", default="v2", choices=("v1", "v2"), help="v1: MoCo v1's colour jitter")
-
-    add = parser.add_argument_group("training").add_argument
     add("--epochs", default=200, type=count, help="passes over the training images")
     add("--batch-size", default=256, type=number(int, 2), help="images per step, in all processes")
     add("--lr", default=0.03, type=positive, help="peak learning rate, per 256 images")
@@ -74,7 +72,6 @@ def argument_parser(method, loss):
     add("--weight-decay", default=5e-4, type=number(float, 0), help="of all parameters")
     add("--momentum", default=0.9, type=number(float, 0, 1), help="of SGD")
     add("--seed", default=0, type=number(int, 0), help="of weights, batches and augmentation")
-
     add = parser.add_argument_group("network and loss").add_argument
     # Below 8 channels oneDNN, its issue 6035, writes past its memory on CPUs with AVX2.
     add("--width", default=64, type=number(int, 8), help="channels of ResNet-18's first stage")
@@ -88,12 +85,11 @@ def argument_parser(method, loss):
     add("--moco-t", default=0.1, type=number(float, 0.02), help="temperature of the softmax")
     add("--alpha", type=positive, help="of --loss eqco: K negatives count as ALPHA")
     add("--dt-m", default=10.0, type=positive, help="of --loss dual: T_beta / T_alpha")
-
     add = parser.add_argument_group("machine and log").add_argument
     add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: a GPU if present")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of the encoders")
     add("--compile", default="auto", choices=("auto", "on", "off"), help="auto: on a GPU")
-    add("--cuda-graph", default="auto", choices=("auto", "on", "off"), help="auto: where possible")
+    add("--cuda-graph", default="auto", choices=("auto", "off"), help="auto: where it is possible")
     add("--out", metavar="DIR", help=f"of the run; if not given: runs/{method}-...")
     add("--knn-every", default=5, type=count, metavar="N", help="evaluate every N epochs")
     return parser
@@ -103,11 +99,13 @@ def parse_args(parser):
     """parser.parse_args(). The flags in args.json of an earlier run, --config, come first."""
     args = parser.parse_args()
     if args.config is not None:
-        earlier, defaults = read_json(args.config), vars(parser.parse_args([]))
+        earlier, defaults = read_json(args.config), RETIRED | vars(parser.parse_args([]))
         require(earlier.get("method") == args.method, f"'{args.config}' is not of {args.method}")
         names = [x for x in earlier if earlier[x] != defaults.get(x, ...) and x not in NO_FLAGS]
         flags = [f"--{x.replace('_', '-')}={earlier[x]}".removesuffix("=True") for x in names]
         args = parser.parse_args(flags + sys.argv[1:])
+        print(f"with the flags of '{args.config}':", *flags)
+        args.images = earlier.get("images") if args.dataset == earlier.get("dataset") else None
     del args.config
     return args
 
@@ -123,14 +121,15 @@ def setup(args):
     require(can_sync or not args.sync_bn, "--sync-bn needs GPUs, and no --bn-splits")
     require((args.loss == "eqco") == (args.alpha is not None), "--alpha goes with --loss eqco")
     require(args.loss == "dual" or args.dt_m == 10, "--dt-m goes with --loss dual")
-    args.out = args.out or f"runs/{args.method}-{args.dataset}-bs{args.batch_size}-seed{args.seed}"
+    if args.out is None:
+        args.out = f"runs/{args.method}-{args.dataset}-bs{args.batch_size}-seed{args.seed}"
     if args.compile == "auto":  # Triton, which writes the kernels, needs a C compiler
-        compiler = shutil.which(os.getenv("CC", "gcc")) or shutil.which("clang")
-        args.compile = "on" if args.device == "cuda" and compiler and has_triton() else "off"
+        has_compiler = shutil.which(os.getenv("CC", "gcc")) or shutil.which("clang")
+        args.compile = "on" if args.device == "cuda" and has_compiler and has_triton() else "off"
     # A graph would repeat the negatives that were drawn when it was recorded.
     draws = getattr(args, "num_negatives", None) or getattr(args, "memory_bank", False)
     can_record = args.device == "cuda" and WORLD_SIZE == 1 and not draws
-    args.cuda_graph = "on" if can_record and args.cuda_graph != "off" else "off"
+    args.cuda_graph = "on" if can_record and args.cuda_graph == "auto" else "off"
     if args.cuda_graph == "on":
         torch.cuda.set_stream(torch.cuda.Stream())  # on the default one, nothing can be recorded
     return device
@@ -145,6 +144,7 @@ def init_device(args):
     if WORLD_SIZE > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        print(f"RANK {RANK} of WORLD_SIZE {WORLD_SIZE} waits for the others", flush=True)
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     if args.precision == "auto":  # bf16 where it is fast: on GPUs since Ampere, on some CPUs
         has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # not in every PyTorch
@@ -164,13 +164,16 @@ def autocast(args):
 def require(condition, message):
     """For mistakes that the user can fix: one line and exit code 2, as argparse has it."""
     if not condition:
-        if RANK == 0:  # usually all processes fail in the same way
+        if RANK == 0 or not dist.is_initialized():  # usually all processes fail in the same way
             print("error:", message, file=sys.stderr)
         sys.exit(2)
 
 
 def launch(main, if_interrupted=""):
     """Run a script. A file that cannot be read or written is a mistake that the user can fix."""
+    sys.stdout.reconfigure(errors="replace")  # what cannot be shown must not end a script
+    home = os.path.expanduser("~/")  # which the shell does not expand in --out=~/run
+    sys.argv = [x.replace("~/", home, 1) if re.match("(--.*=)?~/", x) else x for x in sys.argv]
     try:
         main()
     except OSError as error:
@@ -184,7 +187,7 @@ def launch(main, if_interrupted=""):
 
 def read_json(path):
     try:
-        return dict(json.loads(Path(path).read_text()))
+        return {**json.loads(Path(path).read_text(encoding="utf-8"))}
     except (ValueError, TypeError) as error:
         require(False, f"'{path}' is damaged, or not a JSON object: {error}")
 
@@ -205,7 +208,9 @@ def write_atomically(path, write):
 
 # 2. Processes: torchrun starts one per GPU. Without torchrun there is only one --------------------
 
-RANK, WORLD_SIZE = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
+TORCHRUN = "RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT".split()
+LAUNCHED = all(map(os.getenv, TORCHRUN))  # others, as SLURM, set some of them
+RANK, WORLD_SIZE = (int(os.environ[x]) for x in TORCHRUN[:2]) if LAUNCHED else (0, 1)
 
 
 def concat_all_gather(tensor):
@@ -260,7 +265,6 @@ def average_batchnorm(model):
 
 # 3. Datasets: decoded once, then resident on the device as uint8. CIFAR-100 takes 184 MB ----------
 
-
 class Dataset(NamedTuple):
     train_images: Tensor  # uint8 [number of images, S, S, 3], RGB
     train_labels: Tensor  # int64 [number of images]
@@ -270,14 +274,27 @@ class Dataset(NamedTuple):
 
 
 def load_data(args, device, at_least=1):
-    """The Dataset that the flags name, on the device. It must have `at_least` so many images."""
-    images, labels, *test, classes = from_rank_zero(read_dataset, args)
+    """The Dataset that the flags name, on the device, with `at_least` so many training images. Sets
+    args.images to its fingerprint; if that of a run is there already, it must be the same."""
+    images, labels, *test, classes = data = from_rank_zero(read_dataset, args)
+    wanted, args.images = args.images, fingerprint(data)
+    fault = f"'{args.dataset}' in '{args.data}' is {args.images}, but the run's is {wanted}"
+    require(wanted in (None, args.images), fault)
     size = args.subset or len(images)
-    fault = f"--subset {size} and --batch-size {at_least} do not fit {len(images)} images"
-    require(at_least <= size <= len(images), fault)
+    require(size <= len(images), f"--subset {size}: '{args.dataset}' has {len(images)} images")
+    require(at_least <= size, f"--batch-size {at_least}: there are only {size} training images")
     keep = balanced(labels, len(classes), size)
     tensors = (images[keep], labels[keep], *test)
     return Dataset(*(x.to(device) for x in tensors), classes)
+
+
+def fingerprint(data):
+    """What args.json says of a Dataset. So a run knows its data by content, not by name."""
+    content = hashlib.sha256(json.dumps(data.classes).encode())
+    for tensor in data[:4]:
+        content.update(tensor.numpy())
+    count = f"{len(data.train_images)} + {len(data.test_images)} images"
+    return f"{count}, {len(data.classes)} classes, sha256 {content.hexdigest()[:12]}"
 
 
 def balanced(labels, num_classes, count):
@@ -296,8 +313,7 @@ def read_dataset(args):
     require(args.dataset in ("cifar10", "cifar100"), f"'{path}' is missing; see results/prepare.py")
     cifar = getattr(torchvision.datasets, args.dataset.upper())
     try:
-        train = cifar(args.data, train=True, download=True)
-        test = cifar(args.data, train=False, download=True)
+        train, test = (cifar(args.data, train=x, download=True) for x in (True, False))
     except Exception as error:  # no network, a full disk, a damaged archive: many exceptions
         require(False, f"cannot download {cifar.url} to '{args.data}': {error}")
     arrays = (train.data, train.targets, test.data, test.targets)
@@ -314,12 +330,12 @@ def read_npz(path):
         require(False, f"'{path}' is damaged or not a dataset: {error}")
     tensors, size = [], arrays[0].shape[1:2]
     for images, labels in (arrays[:2], arrays[2:]):
-        kind, shape = images.dtype, images.shape
-        fits = kind == np.uint8 and shape[1:] == (*size, *size, 3) and images.size > 0
+        kind, shape, odd = images.dtype, images.shape, {*labels.ravel().tolist()} - known
+        fits = kind == "uint8" and shape[1:] == (*size, *size, 3) and images.size > 0
         require(fits, f"'{path}': images must be uint8 [N > 0, S, S, 3], not {kind} {list(shape)}")
-        fits = labels.shape == shape[:1] and known.issuperset(labels.tolist())
-        require(fits, f"'{path}': labels must be {shape[0]} integers from 0 to {len(known) - 1}")
-        tensors += torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
+        fault = f"'{path}': labels must be {shape[0]} integers from 0 to {len(known) - 1}, not"
+        require(labels.shape == shape[:1] and not odd, f"{fault} {list(labels.shape)} {[*odd][:3]}")
+        tensors += torch.from_numpy(images), torch.from_numpy(labels.astype("int64"))
     return Dataset(*tensors, classes.tolist())
 
 
@@ -354,7 +370,6 @@ def batches(data, epoch, args):
     num_images, image_size = data.train_images.shape[:2]
     device, batch_size = data.train_images.device, args.batch_size
     steps, share = num_images // batch_size, batch_size // WORLD_SIZE
-
     generator = seeded_generator(device, args.seed, epoch)
     index = torch.randperm(num_images, generator=generator, device=device)
     params = draw_params(2 * steps * batch_size, image_size, generator, args.augmentation)
@@ -362,7 +377,6 @@ def batches(data, epoch, args):
     index = index[: steps * batch_size].view(steps, WORLD_SIZE, share)[:, RANK]
     params = [x.unflatten(0, (steps, WORLD_SIZE, share, 2))[:, RANK] for x in params]
     params = [x.transpose(1, 2).flatten(1, 2) for x in params]
-
     make_views = compiled(augment) if args.compile == "on" else augment
     several_groups = args.bn_splits > 1 or (WORLD_SIZE > 1 and not args.sync_bn)
     bar = dict(desc=f"epoch {epoch + 1}/{args.epochs}", total=args.epochs * steps, leave=False)
@@ -389,12 +403,10 @@ def draw_params(count, image_size, generator, augmentation="v2"):
     uniform = torch.rand(count, 7, **draw)  # 4 factors, 3 chances
     order = torch.rand(count, 4, **draw).argsort()
     hue, probability = (0.4, 1.0) if augmentation == "v1" else (0.1, 0.8)
-    strength = torch.tensor([0.4, 0.4, 0.4, hue], device=box.device)
-    neutral = torch.tensor([1.0, 1.0, 1.0, 0.0], device=box.device)
+    strength, neutral = torch.tensor([[0.4, 0.4, 0.4, hue], [1.0, 1, 1, 0]], device=box.device)
     jitter = uniform[:, 4:5] < probability
     factor = neutral + jitter * strength * (2 * uniform[:, :4] - 1)
-    flip, grayscale = uniform[:, 5] < 0.5, uniform[:, 6] < 0.2
-    return ViewParams(box, flip, order, factor, grayscale)
+    return ViewParams(box, uniform[:, 5] < 0.5, order, factor, uniform[:, 6] < 0.2)
 
 
 def draw_boxes(count, size, generator):
@@ -402,8 +414,7 @@ def draw_boxes(count, size, generator):
     ratios (3/4 to 4/3, log-uniform), the first that fits; if none does, the whole image."""
     draw = dict(generator=generator, device=generator.device)
     area = 0.08 + 0.92 * torch.rand(count, 10, **draw)
-    log_ratio = math.log(3 / 4) + math.log(16 / 9) * torch.rand(count, 10, **draw)
-    ratio = log_ratio.exp()
+    ratio = (math.log(3 / 4) + math.log(16 / 9) * torch.rand(count, 10, **draw)).exp()
     sides = (size * torch.stack([area / ratio, area * ratio]).sqrt()).round()  # height, width
     fits = (sides == sides.clamp(1, size)).all(dim=0)  # [count, 10]
     first = fits.int().argmax(dim=1)
@@ -509,17 +520,6 @@ def augment(images, params, augmentation="v2"):
 
 # 5. Network ---------------------------------------------------------------------------------------
 
-
-def stage(channels_in, channels, stride, norm_layer):
-    """Two residual blocks. [N, channels_in, S, S] -> [N, channels, S / stride, S / stride]."""
-    downsample = None
-    if stride != 1:
-        conv = nn.Conv2d(channels_in, channels, 1, stride, bias=False)
-        downsample = nn.Sequential(conv, norm_layer(channels))
-    first = BasicBlock(channels_in, channels, stride, downsample, norm_layer=norm_layer)
-    return nn.Sequential(first, BasicBlock(channels, channels, norm_layer=norm_layer))
-
-
 def resnet18(width=64, stem_padding=2, norm_layer=nn.BatchNorm2d):
     """ResNet-18 for CIFAR: a 3x3 first convolution of stride 1, no max-pooling, no classifier.
     [N, 3, S, S] -> features [N, D], D = 8 * width. Parameters have torchvision's names.
@@ -528,12 +528,17 @@ def resnet18(width=64, stem_padding=2, norm_layer=nn.BatchNorm2d):
     backbone.conv1 = nn.Conv2d(3, width, 3, padding=stem_padding, bias=False)
     backbone.bn1 = norm_layer(width)
     backbone.relu = nn.ReLU(inplace=True)
-    backbone.layer1 = stage(width, width, 1, norm_layer)
-    backbone.layer2 = stage(width, 2 * width, 2, norm_layer)
-    backbone.layer3 = stage(2 * width, 4 * width, 2, norm_layer)
-    backbone.layer4 = stage(4 * width, 8 * width, 2, norm_layer)
+    for i, stride in ((1, 1), (2, 2), (3, 2), (4, 2)):  # where the maps shrink, channels double
+        before, channels, shortcut = width, stride * width, None
+        if stride > 1:
+            conv = nn.Conv2d(before, channels, 1, stride, bias=False)
+            shortcut = nn.Sequential(conv, norm_layer(channels))
+        first = BasicBlock(before, channels, stride, shortcut, norm_layer=norm_layer)
+        second = BasicBlock(channels, channels, norm_layer=norm_layer)
+        backbone.add_module(f"layer{i}", nn.Sequential(first, second))
+        width = channels
     backbone.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    backbone.num_features = 8 * width
+    backbone.num_features = width
     for name, module in backbone.named_modules():
         # As torchvision. A conv1 that is put in afterwards, as is usual, keeps PyTorch's default.
         if isinstance(module, nn.Conv2d) and name != "conv1":
@@ -583,28 +588,25 @@ class SplitBatchNorm(nn.BatchNorm2d):
         outputs, copies = [], running.repeat(self.splits, 1, 1)  # each group updates its copy
         for group, copy in zip(x.chunk(self.splits), copies):
             outputs.append(F.batch_norm(group, *copy, self.weight, self.bias, training=True))
-        mean, variance = copies.mean(dim=0)
-        self.running_mean.copy_(mean)
-        self.running_var.copy_(variance)
-        self.num_batches_tracked.add_(1)
+        for buffer, mean in zip((self.running_mean, self.running_var), copies.mean(dim=0)):
+            buffer.copy_(mean)
+        self.num_batches_tracked += 1
         return torch.cat(outputs)
 
 
 # 6. Losses: functions of the cosines of the queries with their positives, `positive` [N], and with
 # their negatives, `negative` [N, K]. To try another one, write it and name it in contrastive_loss
 
-
 def similarities(q, k, num_negatives=None, generator=None, queue=None):
     """`positive` and `negative` of q and k, float32 [N, C], of length 1. The positive of q[i] is
     k[i]; its negatives are `queue` [K, C], or else the other keys of the global batch: all, or
     `num_negatives`, by a generator with the same state everywhere. May raise ValueError."""
-    keys = concat_all_gather(k)  # MxC
     with torch.autocast(q.device.type, enabled=False):
         if queue is not None:
             return (q * k).sum(dim=1), q @ queue.T
-        similarity = q @ keys.T  # NxM
-    size = len(keys)
-    if not 0 < (num_negatives or size - 1) < size:
+        similarity = q @ concat_all_gather(k).T  # NxM
+    size = similarity.shape[1]
+    if not 0 < (size - 1 if num_negatives is None else num_negatives) < size:
         raise ValueError(f"{num_negatives or 'no'} negatives in a batch of {size} images")
     own = RANK * len(q) + torch.arange(len(q), device=q.device)[:, None]  # Nx1, of the positives
     if num_negatives is None:
@@ -690,11 +692,10 @@ def contrast_statistics(positive, negative, args):
 
 # 7. Evaluation while training, on the test set: kNN, the probe, and whether the features collapse -
 
-
 @torch.no_grad()
 def extract_features(backbone, images, args, crops=None):
     """Features [n, D] in eval mode, of images uint8 [n, S, S, 3], or of their `crops`: arguments of
-    crop_resize_flip. Each process computes a part, and all of them return the whole."""
+    crop_resize_flip. Each process computes a part, and all return the whole."""
     backbone.eval()
     features = torch.zeros(len(images), backbone.num_features, device=images.device)
     chunks = torch.arange(len(images), device=images.device).split(1000)
@@ -704,7 +705,10 @@ def extract_features(backbone, images, args, crops=None):
             views = crop_resize_flip(views, *(x[chunk] for x in crops))
         with autocast(args):
             features[chunk] = backbone(normalize(views)).float()
-    return all_reduce_sum(features)  # the rows of other processes are zero here
+    features = all_reduce_sum(features)  # the rows of other processes are zero here
+    for tensor in (*backbone.state_dict().values(), features.norm(dim=1)):  # else NaN is scored
+        require(tensor.isfinite().all(), "a weight, statistic or feature is NaN or infinite")
+    return features
 
 
 def knn_predict(features, bank, bank_labels, num_classes, k=200, temperature=0.1):
@@ -724,7 +728,7 @@ def knn_predict(features, bank, bank_labels, num_classes, k=200, temperature=0.1
 def effective_rank(features):
     """RankMe (Garrido et al., arXiv 2210.02885): e^H, where H is the entropy of the singular values
     of features [n, D], scaled to sum to 1. From 1 (all rows are parallel) to D."""
-    gram = (features.double().T @ features.double()).nan_to_num(0, 0, 0)  # DxD: an SVD is slower
+    gram = features.double().T @ features.double()  # DxD: an SVD of the features is slower
     singular_values = torch.linalg.eigvalsh(gram.cpu()).clamp(min=0).sqrt()
     p = singular_values / singular_values.sum() + 1e-7  # so that log 0 is never asked for
     return (-p * p.log()).sum().exp().item()
@@ -732,21 +736,18 @@ def effective_rank(features):
 
 def evaluate(backbone, probe, data, args):
     """What the log says of a network: {name: float}. The bank of kNN is the training set."""
-    bank = extract_features(backbone, data.train_images, args)
     features = extract_features(backbone, data.test_images, args)
-    knn = knn_predict(features, bank, data.train_labels, len(data.classes)) == data.test_labels
-    probed = probe(features).argmax(dim=1) == data.test_labels
-    return dict(
-        knn_top1=100 * knn.double().mean().item(),
-        probe_top1=100 * probed.double().mean().item(),
-        effective_rank=effective_rank(features),
-    )
+    measured = dict(effective_rank=effective_rank(features))
+    if len(data.classes) > 1:
+        bank, logits = extract_features(backbone, data.train_images, args), probe(features)
+        require(logits.isfinite().all(), "the probe became NaN or infinite")
+        knn = knn_predict(features, bank, data.train_labels, len(data.classes))
+        for name, predicted in dict(knn_top1=knn, probe_top1=logits.argmax(dim=1)).items():
+            measured[name] = 100 * (predicted == data.test_labels).double().mean().item()
+    return measured
 
 
 # 8. Optimizer, CUDA graph, checkpoint, log --------------------------------------------------------
-
-SECONDS_BETWEEN_CHECKPOINTS = 60
-
 
 def build_optimizer(encoder, probe, args):
     """SGD for the encoder, and for the probe: the DT authors' metric is a linear classifier that
@@ -769,9 +770,9 @@ def adjust_learning_rate(optimizer, epoch, args):
     hundredth from 80 % of the epochs on (MoCo v1). Returns that of the encoder."""
     warmup = min(10, args.epochs // 20) if args.warmup_epochs is None else args.warmup_epochs
     for group in reversed(optimizer.param_groups):  # the probe's, then the encoder's
-        lr = peak = group["peak_lr"]
+        lr = group["peak_lr"]
         if epoch < warmup:
-            lr = 0.003 + (peak - 0.003) * epoch / max(1, warmup - 1)
+            lr = 0.003 + (lr - 0.003) * epoch / max(1, warmup - 1)
         elif args.schedule == "step":
             lr *= 0.1 ** max(0, 5 * epoch // args.epochs - 2)
         else:
@@ -821,7 +822,7 @@ def resume(args, model, probe, optimizer):
         groups = optimizer.state_dict()["param_groups"]  # of this machine, not of the other
         optimizer.load_state_dict(dict(state=checkpoint["momenta"], param_groups=groups))
         return checkpoint["epoch"]
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+    except Exception:  # each wrong layout fails in its own way
         require(False, f"'{args.out}/checkpoint.pth' is of another network or an earlier version")
 
 
@@ -830,28 +831,29 @@ def open_run(args):
     path, flags = Path(args.out), Path(args.out, "args.json")
     cpu = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     machine = torch.cuda.get_device_name() if args.device == "cuda" else cpu
-    environment = f"torch {torch.__version__}, {WORLD_SIZE} x {machine}"
-    ours = dict(vars(args), environment=environment)
-    if not flags.exists():
-        path.mkdir(parents=True, exist_ok=True)
-        is_new = set(os.listdir(path)) <= {"args.json.tmp"}  # of a start that was killed
-        require(is_new, f"--out '{path}' is neither empty nor a run; choose another")
-        write_atomically(flags, lambda path: path.write_text(json.dumps(ours, indent=1) + "\n"))
-    theirs = read_json(flags)
-    names = [x for x in ours if x not in NO_FLAGS and ours[x] != theirs.get(x)]
-    differ = ", ".join(f"{name} {theirs.get(name)} (now {ours[name]})" for name in names)
-    require(not differ, f"'{path}' is a run with {differ}; choose another --out")
+    args.environment = f"torch {torch.__version__}, {WORLD_SIZE} x {machine}"
+    path.mkdir(parents=True, exist_ok=True)
+    is_run = flags.exists() or {*os.listdir(path)} <= {".lock", "args.json.tmp"}  # was killed
+    require(is_run, f"--out '{path}' is neither empty nor a run; choose another")
     try:  # a lock, until this process ends
         import fcntl
-
         fcntl.lockf(os.open(path / ".lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         require(False, f"another process is training in '{path}'; choose another --out")
     except (ImportError, OSError):  # Windows and some network file systems have no such locks
         pass
+    if not flags.exists():
+        write_atomically(flags, lambda x: x.write_text(json.dumps(vars(args), indent=1) + "\n"))
+    theirs, ours = read_json(flags), vars(args)
+    names = [x for x in ours if x not in MACHINE_FLAGS and ours[x] != theirs.get(x)]
+    differ = ", ".join(f"{name} {theirs.get(name)} (now {ours[name]})" for name in names)
+    require(not differ, f"'{path}' is a run with {differ}; choose another --out")
     how = f"{args.precision}, compile {args.compile}, CUDA graph {args.cuda_graph}"
-    print(f"{args.method}, {how}, {environment} -> {path}", flush=True)
-    return load_checkpoint(path / "checkpoint.pth") if (path / "checkpoint.pth").exists() else None
+    print(f"{args.method}, {how}, {args.environment} -> {path}", flush=True)
+    checkpoint, result = path / "checkpoint.pth", path / "result.json"
+    if checkpoint.exists():
+        return load_checkpoint(checkpoint)
+    require(not result.exists(), f"'{path}' is evaluated, but has no checkpoint; choose another")
 
 
 def load_checkpoint(path):
@@ -870,21 +872,21 @@ def save_checkpoint(epoch, args, model, probe, optimizer):
     age = abs(time.time() - path.stat().st_mtime) if path.exists() else math.inf
     if RANK == 0 and (epoch == args.epochs or age > SECONDS_BETWEEN_CHECKPOINTS):
         state = dict(epoch=epoch, model=model.state_dict(), probe=probe.state_dict())
-        state["momenta"] = optimizer.state_dict()["state"]
+        state |= dict(momenta=optimizer.state_dict()["state"], stem_padding=args.stem_padding)
         write_atomically(path, lambda path: torch.save(state, path))
 
 
 class Log:
-    """A line for each epoch, printed and in log.jsonl, and curves and views in TensorBoard."""
+    """A line for each epoch, printed and in log.jsonl, and curves in TensorBoard."""
 
     def __init__(self, args, start_epoch):
         self.args, self.path, self.lines = args, Path(args.out, "log.jsonl"), []
         if RANK == 0 and start_epoch < args.epochs:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
-
             if start_epoch > 0:  # what was logged after the checkpoint is trained and logged again
                 self.lines = self.path.read_text().splitlines()[: start_epoch + 1]
             self.board = SummaryWriter(args.out, purge_step=start_epoch + 1)
+            threading.excepthook = lambda _: None  # its thread's errors are this one's, too
         self.begin_epoch()
 
     def begin_epoch(self):
@@ -896,25 +898,23 @@ class Log:
 
     def training(self, lr):
         loss = all_reduce_sum(self.loss_sum).item() / (self.steps * WORLD_SIZE)
-        where = f"at learning rate {lr:.4g} in {self.args.precision}"
-        require(math.isfinite(loss), f"the loss became {loss} {where}; a lower --lr may help")
+        require(math.isfinite(loss), f"the loss became {loss} in {self.args.precision}; lower --lr")
         speed = self.steps * self.args.batch_size / (time.perf_counter() - self.started)
         return dict(loss=loss, lr=lr, images_per_second=speed)  # an image counts once, not twice
 
-    def write(self, epoch, measured, batch=None):
-        """Log what was measured after an epoch, {name: float}, and the views of a batch."""
+    def write(self, epoch, measured):
+        """Log what was measured after an epoch, {name: float}."""
         entry = dict(epoch=epoch, **measured, seconds=time.perf_counter() - self.started)
         if RANK != 0:
             return
-        names = ("loss", "lr", "images_per_second", "seconds", "knn_top1", "probe_top1")
+        names = "loss lr images_per_second seconds knn_top1 probe_top1".split()
         text = [f"{name} {entry[name]:<6.5g}" for name in names if name in entry]
         print(f"epoch {epoch}/{self.args.epochs}", *text, sep="  ", flush=True)
         self.lines.append(json.dumps(entry))
         write_atomically(self.path, lambda path: path.write_text("\n".join(self.lines) + "\n"))
-        for name, value in entry.items():
-            self.board.add_scalar(name, value, epoch)
-        if batch is not None:
-            views = torch.cat([batch.view1[:8], batch.view2[:8]])
-            grid = torchvision.utils.make_grid(views, normalize=True)
-            self.board.add_image("views 1 and 2", grid, epoch)
-        self.board.flush()
+        try:
+            for name, value in entry.items():
+                self.board.add_scalar(name, value, epoch)
+            self.board.flush()
+        except OSError as error:
+            require(False, f"cannot write TensorBoard's events to '{self.args.out}': {error}")

@@ -19,6 +19,7 @@ Contrastive Learning" (arXiv 2003.04297).
     python moco_v2.py --memory-bank --moco-k 4096 --moco-m 0.5    # a memory bank, no queue
 """
 import copy
+from shlex import quote
 
 import torch
 import torch.nn as nn
@@ -125,11 +126,11 @@ def main():
         measured = log.training(lr) | common.contrast_statistics(positive, negative, args)
         if (epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs:
             measured |= common.evaluate(model.encoder_q.backbone, probe, data, args)
-        log.write(epoch + 1, measured, batch)
+        log.write(epoch + 1, measured)
         common.save_checkpoint(epoch + 1, args, model, probe, optimizer)
     if common.RANK == 0:
         cached = " --cached" if args.device == "cpu" else ""
-        print(f"'{args.out}' is finished. Next: python linear_eval.py {args.out}{cached}")
+        print(f"'{args.out}' is finished. Next: python linear_eval.py {quote(args.out)}{cached}")
 
 
 class MemoryBank(nn.Module):

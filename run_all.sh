@@ -4,15 +4,17 @@
 #   ./run_all.sh         the fifteen cells: CIFAR-100, 200 epochs
 #   ./run_all.sh demo    a first look in minutes, without download: drawn shapes, a narrow network
 #
-# Finished runs are skipped, interrupted ones resume: stop the script and start it again at will.
+# Stop the script and start it again at will: interrupted runs resume, and what is finished is not
+# done again. If a run was begun with other flags, the script stops there and says which.
 # These variables narrow or widen it:
 #   METHODS="simco" BATCH_SIZES="256 512" SEEDS="0 1 2" EPOCHS=200 DATASET=cifar100 DATA=data \
 #     NPROC=8 RUNS=runs PYTHON=python3 ./run_all.sh
-# FLAGS and EVAL_FLAGS go to the methods' scripts and to linear_eval.py, as FLAGS="--width 16".
+# FLAGS and EVAL_FLAGS go to the methods' scripts and to linear_eval.py, as FLAGS="--width 16";
+# MOCO_V2_FLAGS and SIMMOCO_FLAGS to one script only.
 set -euo pipefail
 cd "$(dirname "$0")"
 
-case ${1:-table} in
+case "${*:-table}" in
   table) ;;
   demo)
     DATASET=shapes BATCH_SIZES=${BATCH_SIZES:-32} EPOCHS=${EPOCHS:-7} RUNS=${RUNS:-runs/demo}
@@ -39,12 +41,13 @@ DATA=${DATA:-data}
 NPROC=${NPROC:-1}
 RUNS=${RUNS:-runs}
 PYTHON=${PYTHON:-python3}
+RUNS=${RUNS/#\~/$HOME} DATA=${DATA/#\~/$HOME}
 
 launch=$PYTHON
 [ "$NPROC" = 1 ] || launch="$PYTHON -m torch.distributed.run --standalone --nproc_per_node=$NPROC"
 
 total=$(($(wc -w <<<"$SEEDS") * $(wc -w <<<"$METHODS") * $(wc -w <<<"$BATCH_SIZES")))
-cell=0 trained=0
+cell=0 done_here=0
 
 # shellcheck disable=SC2086  # the flags are meant to be split into words
 for seed in $SEEDS; do
@@ -55,25 +58,26 @@ for seed in $SEEDS; do
     for batch_size in $BATCH_SIZES; do
       out=$RUNS/$method-$DATASET-bs$batch_size-seed$seed
       cell=$((cell + 1))
-      if grep -qs '^ "linear_top1"' "$out/result.json"; then
-        echo "cell $cell of $total: $out is done"
-        continue
-      fi
       left=
-      if [ "$trained" -gt 0 ]; then # as long as those before; SimCo takes longer than the others
-        minutes=$((SECONDS * (total - cell + 1) / trained / 60))
+      if [ "$done_here" -gt 0 ]; then # as long as those before; SimCo takes longer than the others
+        minutes=$((SECONDS * (total - cell + 1) / done_here / 60))
         left=" (about $((minutes / 60)) h $((minutes % 60)) min left)"
       fi
       echo "cell $cell of $total$left: $out"
+      if [ -e "$out/result.json" ] && [ ! -e "$out/checkpoint.pth" ]; then
+        echo "it is evaluated, and its checkpoint is gone: its flags are not compared with yours"
+        continue
+      fi
+      before=$(cat "$out/result.json" 2>/dev/null || true)
       $launch "$method.py" --dataset "$DATASET" --data "$DATA" --epochs "$EPOCHS" \
         --batch-size "$batch_size" --seed "$seed" --out "$out" ${FLAGS:-} $own_flags
       $launch linear_eval.py "$out" ${EVAL_FLAGS:-}
-      trained=$((trained + 1))
+      [ "$before" = "$(cat "$out/result.json")" ] || done_here=$((done_here + 1))
     done
   done
 done
 
-if [ "${1:-}" = demo ] && ! grep -qs '"untrained"' "$RUNS"/*/result.json; then
+if [ "${1:-}" = demo ]; then
   # shellcheck disable=SC2086
   $PYTHON linear_eval.py --untrained "$out" ${EVAL_FLAGS:-} # the floor: the network before training
 fi

@@ -16,9 +16,10 @@ Negative Samples: Towards Understanding and Simplifying MoCo", CVPR 2022 (arXiv 
     python simco.py                                       # CIFAR-100, batch 256, 200 epochs
     torchrun --nproc_per_node=4 simco.py                  # the same batches on 4 GPUs
     python simco.py --loss infonce                        # InfoNCE, end to end (MoCo, figure 2a)
-
-Next, `diff simco.py simmoco.py` shows what a momentum encoder adds.
+    diff simco.py simmoco.py                              # next: what a momentum encoder adds
 """
+from shlex import quote
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -50,7 +51,7 @@ class SimCo(nn.Module):
 def main():
     args = common.parse_args(arguments())
     device = common.setup(args)
-    fits = (args.num_negatives or 1) < args.batch_size
+    fits = args.num_negatives is None or args.num_negatives < args.batch_size
     common.require(fits, f"--num-negatives must be less than --batch-size, {args.batch_size}")
     data = common.load_data(args, device, at_least=args.batch_size)
 
@@ -67,9 +68,8 @@ def main():
             q1, q2, features = parallel_model(batch.view1, batch.view2)  # NxC, NxC, 2NxD
         positive, negative = similarities(q1, q2, args.num_negatives, batch.generator)  # N, NxK
         positive2, negative2 = similarities(q2, q1, args.num_negatives, batch.generator)
-        loss1 = contrastive_loss(positive, negative, args)
-        loss2 = contrastive_loss(positive2, negative2, args)
-        loss = 0.5 * (loss1 + loss2)
+        loss = contrastive_loss(positive, negative, args)
+        loss = 0.5 * (loss + contrastive_loss(positive2, negative2, args))
         probe_loss = F.cross_entropy(parallel_probe(features), batch.labels.repeat(2))
 
         optimizer.zero_grad()
@@ -94,11 +94,11 @@ def main():
         measured = log.training(lr) | common.contrast_statistics(positive, negative, args)
         if (epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs:
             measured |= common.evaluate(model.encoder.backbone, probe, data, args)
-        log.write(epoch + 1, measured, batch)
+        log.write(epoch + 1, measured)
         common.save_checkpoint(epoch + 1, args, model, probe, optimizer)
     if common.RANK == 0:
         cached = " --cached" if args.device == "cpu" else ""
-        print(f"'{args.out}' is finished. Next: python linear_eval.py {args.out}{cached}")
+        print(f"'{args.out}' is finished. Next: python linear_eval.py {quote(args.out)}{cached}")
 
 
 if __name__ == "__main__":

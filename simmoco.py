@@ -17,10 +17,10 @@ Negative Samples: Towards Understanding and Simplifying MoCo", CVPR 2022 (arXiv 
     python simmoco.py                                     # CIFAR-100, batch 256, 200 epochs
     torchrun --nproc_per_node=4 simmoco.py                # the same batches on 4 GPUs
     python simmoco.py --loss eqco --alpha 256 --num-negatives 16 --head-bn    # SiMo (EqCo)
-
-Next, `diff simmoco.py moco_v2.py` shows what a queue adds.
+    diff simmoco.py moco_v2.py                            # next: what a queue adds
 """
 import copy
+from shlex import quote
 
 import torch
 import torch.nn as nn
@@ -64,7 +64,7 @@ class SimMoCo(nn.Module):
 def main():
     args = common.parse_args(arguments())
     device = common.setup(args)
-    fits = (args.num_negatives or 1) < args.batch_size
+    fits = args.num_negatives is None or args.num_negatives < args.batch_size
     common.require(fits, f"--num-negatives must be less than --batch-size, {args.batch_size}")
     data = common.load_data(args, device, at_least=args.batch_size)
 
@@ -112,11 +112,11 @@ def main():
         measured = log.training(lr) | common.contrast_statistics(positive, negative, args)
         if (epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs:
             measured |= common.evaluate(model.encoder_q.backbone, probe, data, args)
-        log.write(epoch + 1, measured, batch)
+        log.write(epoch + 1, measured)
         common.save_checkpoint(epoch + 1, args, model, probe, optimizer)
     if common.RANK == 0:
         cached = " --cached" if args.device == "cpu" else ""
-        print(f"'{args.out}' is finished. Next: python linear_eval.py {args.out}{cached}")
+        print(f"'{args.out}' is finished. Next: python linear_eval.py {quote(args.out)}{cached}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ The mean and the standard deviation of five draws, on features without crops, at
 that linear_eval.py finds best for all labels. Written to RUN_DIR/result.json, too.
 """
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -31,18 +32,18 @@ def few_labels(backbone, data, counts, args):
     rate = linear_eval.evaluate(backbone, data, args)["linear_lr"]
     train = common.extract_features(backbone, data.train_images, args)
     test = common.extract_features(backbone, data.test_images, args)
-    top1 = {count: [] for count in counts}
-    for count in counts:
-        for args.seed in range(5):
-            generator = torch.Generator().manual_seed(args.seed)
+    top1, none = {count: [] for count in counts}, labels.new_zeros(len(labels), 1).bool()
+    for count in top1:
+        for seed in range(5):
+            generator = torch.Generator().manual_seed(seed)
             order = torch.randperm(len(labels), generator=generator).to(labels.device)
             size = len(labels) if count == "all" else int(count) * num_classes
             index = order[common.balanced(labels[order], num_classes, size)]
+            draw = Namespace(**{**vars(args), "seed": seed})
             head = linear_eval.train_linear(
-                lambda rows, _: train[rows], backbone.num_features, index, data, [rate], args
+                lambda rows, _: train[rows], backbone.num_features, index, data, [rate], draw, none
             )
-            top1[count] += linear_eval.accuracies(head, test, data.test_labels, num_classes)
-        args.seed = 0
+            top1[count].append(linear_eval.accuracy(head(test), data.test_labels))
     return top1
 
 
@@ -53,6 +54,7 @@ def main():
     args = parser.parse_args()
     args.cached = True
     common.require(args.run and not args.untrained, "name a RUN_DIR; its start is evaluated, too")
+    common.require(args.export is None, "--export is for linear_eval.py")
     device = common.init_device(args)
     backbone, _, args = linear_eval.load(args)
     run = table.read_args(args.run)
@@ -66,11 +68,14 @@ def main():
     for name, network in dict(trained=backbone, untrained=start).items():
         network.to(device, memory_format=torch.channels_last).requires_grad_(False)
         top1[name] = few_labels(network, data, args.labels_per_class, args)
-    print("labels per class        trained      untrained")
-    for count in args.labels_per_class:
-        print(f"{count:>16}{in_words(top1['trained'][count]):>15}", end="")
-        print(f"{in_words(top1['untrained'][count]):>15}")
-    linear_eval.write_result(args, dict(labels_per_class=top1))
+    if common.RANK == 0:
+        try:
+            linear_eval.write_result(args, dict(labels_per_class=top1))
+        finally:  # even if it cannot be written
+            print("labels per class        trained      untrained")
+            for count, trained in top1["trained"].items():
+                untrained = in_words(top1["untrained"][count])
+                print(f"{count:>16}{in_words(trained):>15}{untrained:>15}")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ The first command writes to results/, the second to RUN_DIR, unless --out names 
 Neither needs internet access or a GPU. RUN_DIR needs its checkpoint and its images.
 """
 import argparse
-import json
 import math
 import statistics
 import sys
+import threading
 from collections import defaultdict
 from pathlib import Path
 
@@ -145,12 +145,9 @@ def losses():
 def logs(flags):
     """The logs of the runs with these flags: {method: [{epoch: entry} for each seed]}."""
     found = defaultdict(list)
-    for path in sorted(RESULTS.rglob("log.jsonl")):
-        run_args = table.read_args(path.parent)
+    for run, run_args, _ in table.evaluated_runs(RESULTS)[0]:
         if table.changed_flags(run_args) == flags and run_args.batch_size == 256:
-            entries = map(json.loads, path.read_text().splitlines())
-            method = table.TITLES[run_args.method]
-            found[method].append({entry["epoch"]: entry for entry in entries})
+            found[table.TITLES[run_args.method]].append(table.read_log(run))
     return found
 
 
@@ -158,7 +155,9 @@ def draw_curves(axes, runs, name):
     """Plot the mean over the seeds of an entry of the log, with a band from minimum to maximum."""
     for method in PUBLISHED:
         seeds, colour = runs[method], COLOURS[method]
-        epochs = [epoch for epoch, entry in seeds[0].items() if entry.get(name) is not None]
+        # At the epochs after which all of them were evaluated.
+        known = [{epoch for epoch in log if log[epoch].get(name) is not None} for log in seeds]
+        epochs = sorted(set.intersection(*known)) if known else []
         values = [[log[epoch][name] for log in seeds] for epoch in epochs]
         label = f"{method}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
         axes.plot(epochs, [*map(statistics.mean, values)], color=colour, label=label)
@@ -279,7 +278,7 @@ def picture_of_neighbours(train, test, data, count=8, k=5):
     framed in green if they have its class. train, test: the features, float [n, D]. Returns the
     picture, float [3, H, W] in 0..1; the labels of its rows, int64 [count]; and how many of the k
     neighbours have the right class over the whole test set, in percent."""
-    chunks = F.normalize(test, dim=1).split(500)
+    chunks, k = F.normalize(test, dim=1).split(500), min(k, len(train))
     found = [(chunk @ F.normalize(train, dim=1).T).topk(k, dim=1).indices for chunk in chunks]
     neighbours = torch.cat(found)  # [n, k]
     same = data.train_labels[neighbours] == data.test_labels[:, None]
@@ -301,7 +300,8 @@ def neighbours(features, data):
     for axes, (name, (train, test)) in zip(panels, features.items()):
         picture, labels, same = picture_of_neighbours(train, test, data)
         axes.imshow(picture.permute(1, 2, 0).numpy(force=True), interpolation="nearest")
-        axes.set_title(f"{name}: {same:.1f} % of all neighbours right", fontsize=11)
+        right = f": {same:.1f} % of all neighbours right" if len(data.classes) > 1 else ""
+        axes.set_title(name + right, fontsize=11)
         side, width = picture.shape[1] / len(labels), picture.shape[2]
         names = [data.classes[label] for label in labels.tolist()]
         axes.set_yticks([side * (row + 0.5) for row in range(len(names))], names)
@@ -328,6 +328,7 @@ def of_run(run, data_directory, image):
         network.to(device, memory_format=torch.channels_last)
         images = data.train_images, data.test_images
         features[name] = [common.extract_features(network, x, args) for x in images]
+    threading.excepthook = lambda _: None  # errors of TensorBoard's thread are this one's, too
     names = [data.classes[label] for label in data.test_labels[:2000].tolist()]
     small = common.to_float(data.test_images[:2000])
     with SummaryWriter(run) as board:
@@ -339,7 +340,7 @@ def of_run(run, data_directory, image):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("run", nargs="?", metavar="RUN_DIR", help="make the pictures of this run")
     parser.add_argument("--data", metavar="DIR", help="of its dataset; default: as in the run")
     parser.add_argument("--image", default=0, type=int, help="the training image to show views of")

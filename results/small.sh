@@ -9,13 +9,20 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 SEEDS=${SEEDS:-0 1} DATA=${DATA:-data} RUNS=${RUNS:-runs/small}
 
+# A run is done if it was evaluated after its last epoch.
+is_done() {
+  local epochs
+  epochs=$(sed -n 's/^ "epochs": \([0-9]*\),*$/\1/p' "$1/args.json" 2>/dev/null) || true
+  grep -qs "^ \"epoch\": ${epochs:-none},*$" "$1/result.json"
+}
+
 # small SEED METHOD [its own flags]: one run, in a directory named after them
 small() {
   local seed=$1 method=$2 name=${*:2}
   shift 2
   name=${name// --/-}
   out=$RUNS/${name// /-}-seed$seed
-  if grep -qs '^ "linear_top1"' "$out/result.json"; then
+  if is_done "$out"; then
     echo "$out: done"
     return
   fi

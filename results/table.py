@@ -2,9 +2,11 @@
 
     python results/table.py runs/
 
-First the published table and the one in miniature, if there are runs of theirs; then a row for each
-other setting: what differs from the recipe, which is the scripts' defaults.
+First the published table, if there is a run on CIFAR-100, and the one in miniature; then a row for
+each other setting: what differs from the recipe, which is the scripts' defaults. A row's figures
+are means over seeds. Runs that are left out, or in part, are named below the tables.
 """
+import argparse
 import json
 import statistics
 import sys
@@ -22,8 +24,8 @@ import simmoco  # noqa: E402
 TITLES = dict(moco_v2="MoCo v2", simmoco="SimMoCo", simco="SimCo")
 RECIPES = {x.__name__: vars(x.arguments().parse_args([])) for x in (moco_v2, simmoco, simco)}
 # Flags that do not make another row: a table has columns for the batch size, and means over seeds.
-IGNORED = (*common.MACHINE_FLAGS, "method", "seed", "batch_size", "precision", "knn_every")
-RETIRED = dict(probe="query", image_size=32, deterministic=False)  # earlier flags, and defaults
+IGNORED = (*common.MACHINE_FLAGS, "images", "method", "seed", "batch_size", "precision")
+IGNORED += ("knn_every",)
 
 BATCH_SIZES = (64, 128, 256, 512, 1024)
 PUBLISHED = {  # by Zhang et al., arXiv 2203.17248
@@ -47,16 +49,17 @@ def read_args(run):
     """The flags of a run, as a Namespace."""
     args = common.read_json(Path(run, "args.json"))
     common.require(args.get("method") in RECIPES, f"'{run}' is not a run of this project")
-    return Namespace(**args)
+    return Namespace(**{"images": None, **args})
 
 
 def changed_flags(run_args):
-    """The flags that are not the recipe's, in words: "epochs 15, symmetric"."""
-    recipe, words = {**RETIRED, **RECIPES[run_args.method]}, []
+    """The flags that are not the recipe's, in words: "epochs 15, symmetric". And which images it
+    was trained on, where runs of one directory have several datasets of the same name."""
+    recipe, words = {**common.RETIRED, **RECIPES[run_args.method]}, []
     for name, value in vars(run_args).items():
         if name in recipe and name not in IGNORED and value != recipe[name]:
             words.append(f"{name.replace('_', '-')} {value}".removesuffix(" True"))
-    return ", ".join(words)
+    return ", ".join([*words, *filter(None, [getattr(run_args, "which_images", None)])])
 
 
 def in_words(values):
@@ -69,29 +72,70 @@ def in_words(values):
     return f"{statistics.mean(known):.2f}{spread}{note}"
 
 
-def last_probe(run):
-    """The accuracy of a run's probe after its last epoch, if it was measured."""
-    log = Path(run, "log.jsonl")
-    lines = log.read_text().splitlines() if log.exists() else ["{}"]
-    return json.loads(lines[-1]).get("probe_top1")
+def read_log(run):
+    """The lines of log.jsonl, {epoch: dict}. One that was cut short ends the log."""
+    path, entries = Path(run, "log.jsonl"), {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+            entries[entry["epoch"]] = entry
+        except (ValueError, LookupError, TypeError):
+            break
+    return entries
+
+
+def evaluated_runs(root):
+    """The evaluated runs below a directory, each one once: [(directory, flags, result)], with the
+    log's last entry in `result`; and notes on what is left out, a list of str."""
+    runs, first, notes, images = [], {}, [], defaultdict(set)
+    for path in sorted(Path(root).rglob("result.json")):
+        run, result = path.parent, common.read_json(path)
+        if not (run / "args.json").exists():
+            notes.append(f"Not shown: {path}, without args.json.")
+            continue
+        run_args, log = read_args(run), read_log(run)
+        # Evaluated by an earlier version, or by --json, on other images than the run's?
+        run_args.images = run_args.images or result.get("images")
+        same = {k: v for k, v in vars(run_args).items() if k not in common.MACHINE_FLAGS}
+        key = json.dumps({**same, "precision": None, "knn_every": None}, sort_keys=True)
+        if key in first:
+            notes.append(f"Not shown: {run}, of the same flags, seed and images as {first[key]}.")
+            continue
+        first[key] = run
+        if result.get("images") not in (None, run_args.images):
+            notes.append(f"Not shown: {run}, evaluated on {result['images']}.")
+        elif "epoch" in result and result["epoch"] != run_args.epochs:
+            notes.append(f"Not shown: {run}, evaluated after epoch {result['epoch']}.")
+        else:
+            if run_args.epochs not in log:
+                notes.append(f"No probe: {run}, whose log ends after epoch {max(log, default=0)}.")
+            runs.append((run, run_args, {**log.get(run_args.epochs, {}), **result}))
+            images[run_args.dataset].add(run_args.images)
+    for _, run_args, _ in runs:  # a name, but several datasets?
+        several = len(images[run_args.dataset] - {None}) > 1
+        run_args.which_images = f"images: {run_args.images or 'unknown'}" if several else None
+    return runs, notes
 
 
 def finished_runs(root):
     """The results of the evaluated runs below a directory, {(flags, method, batch size): list of
     dict}, sorted, and notes on those that are left out, a list of str."""
-    results, notes = defaultdict(list), []
-    for path in sorted(Path(root).rglob("result.json")):
-        run_args, result = read_args(path.parent), common.read_json(path)
+    (runs, notes), results, seen = evaluated_runs(root), defaultdict(list), set()
+    for _, run_args, result in runs:
         flags, size = changed_flags(run_args), run_args.batch_size
-        if "untrained" in result:
-            results[flags, "untrained", size].append(result["untrained"])
-        if result.get("epoch") == run_args.epochs:
-            result["probe_top1"] = last_probe(path.parent)
+        start = (flags, "untrained", size)
+        if "untrained" in result and (*start, run_args.seed) not in seen:
+            seen.add((*start, run_args.seed))  # methods have the same start
+            results[start].append(result["untrained"])
+        if "linear_top1" in result:
             results[flags, TITLES[run_args.method], size].append(result)
-        elif "epoch" in result:
-            notes.append(f"Not shown: {path.parent}, evaluated after epoch {result['epoch']}.")
     common.require(results, f"no evaluated run below '{root}'; python linear_eval.py RUN_DIR first")
     return dict(sorted(results.items())), notes
+
+
+def protocol(result):
+    """How a result was evaluated. An earlier version has the learning rates as keys only."""
+    return dict(result.get("protocol", {}), lrs=[*result.get("held_out_loss", [])])
 
 
 def table_by_batch_size(heading, rows):
@@ -109,7 +153,7 @@ def table(root):
     for (flags, method, size), rows in results.items():
         names = ("linear_top1", "probe_top1", "knn_top1")
         figures[flags, method, size] = [in_words([row.get(name) for row in rows]) for name in names]
-        if len({str(row["protocol"]) for row in rows}) > 1:
+        if len({str(protocol(row)) for row in rows}) > 1:
             notes.append(f"Evaluated by several protocols: {method}, batch {size}, {flags}.")
 
     def cells(flags, method):
@@ -135,5 +179,11 @@ def table(root):
     return "\n".join([*tables, *notes]).strip()
 
 
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("root", nargs="?", default="runs", metavar="DIR", help="default: runs")
+    print(table(parser.parse_args().root))
+
+
 if __name__ == "__main__":
-    common.launch(lambda: print(table(sys.argv[1] if len(sys.argv) > 1 else "runs")))
+    common.launch(main)

@@ -44,10 +44,19 @@ runs+="
 "
 TOTAL=$(grep -c . <<<"$runs")
 
+# A run is done if it was evaluated after its last epoch.
+is_done() {
+  local epochs
+  epochs=$(sed -n 's/^ "epochs": \([0-9]*\),*$/\1/p' "$1/args.json" 2>/dev/null) || true
+  grep -qs "^ \"epoch\": ${epochs:-none},*$" "$1/result.json"
+}
+
 how_far() {
-  local finished
-  finished=$(grep -ls '^ "linear_top1"' "$RUNS"/*/result.json | wc -l) || true
-  echo "$((finished)) of $TOTAL runs are done"
+  local finished=0 run
+  for run in "$RUNS"/*/; do
+    ! is_done "$run" || finished=$((finished + 1))
+  done
+  echo "$finished of $TOTAL runs are done"
 }
 
 # one SEED METHOD [FLAGS]: one run, in a directory named after them
@@ -57,7 +66,7 @@ one() {
   name=${name// --/-}
   name=${name// /-}-seed$seed
   out=$RUNS/$name
-  ! grep -qs '^ "linear_top1"' "$out/result.json" || return 0
+  ! is_done "$out" || return 0
   echo "$name begins"
   {
     python3 "$method.py" --dataset cifar100 --data "$DATA" --subset 10000 --width 16 --epochs 60 \
@@ -66,7 +75,7 @@ one() {
   } >>"$out.log" 2>&1 || { echo "$name did not finish: see $out.log" >&2; return 1; }
   echo "$name is done; $(how_far)"
 }
-export -f one how_far
+export -f one how_far is_done
 export TOTAL
 
 # Download the data first, so that runs side by side do not each download it.

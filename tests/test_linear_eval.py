@@ -66,8 +66,8 @@ def test_wide_layer_is_the_single_classifiers(ignored):
         orders.append(index)
         return features[index]
 
-    args = Namespace(epochs=3, batch_size=32, seed=1), ignores if ignored else None
-    wide = linear_eval.train_linear(features_of, 12, torch.arange(96), data, rates, *args)
+    args = Namespace(epochs=3, batch_size=32, seed=1)
+    wide = linear_eval.train_linear(features_of, 12, torch.arange(96), data, rates, args, ignores)
     assert [sorted(order.tolist()) for order in orders] == [list(range(96))] * 3
     for i, (weight, rate) in enumerate(zip(wide.weight.split(5), rates)):
         alone = nn.Linear(12, 5)
@@ -133,8 +133,9 @@ def test_calibrated_losses():
     assert ours[0] == pytest.approx(ours[1], rel=1e-5) and ours[2] > ours[0]
 
 
-MISTAKES = {"": "which run", "run": "args.json", "run --dataset shapes": "drop shapes"}
-MISTAKES |= {"run --checkpoint x": "drop x", "--checkpoint x": "--dataset"}
+MISTAKES = {"": "which run", "run": "args.json", "--checkpoint x": "--dataset"}
+MISTAKES |= {"run --checkpoint x --stem-padding 1": "drop --checkpoint --stem-padding"}
+MISTAKES |= {"run --export x --json y": "drop --json", "--checkpoint x --export .": "'.' exists"}
 
 
 @pytest.mark.parametrize("flags", MISTAKES)

@@ -11,7 +11,7 @@ aten = torch.ops.aten
 WAITS = {aten._local_scalar_dense, aten.is_nonzero, aten.equal}
 WAITS |= {aten.nonzero, aten.masked_select, aten._unique2}
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-WHERE = ["cpu"] + [pytest.param(f"cuda --cuda-graph {x}", marks=NEEDS_GPU) for x in ("off", "on")]
+WHERE = ["cpu"] + [pytest.param(f"cuda --cuda-graph {x}", marks=NEEDS_GPU) for x in ("off", "auto")]
 
 
 class NoWaiting(TorchDispatchMode):

@@ -41,7 +41,7 @@ def assert_same_bits(a, b):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_a_run_writes(method, tiny_run, capsys):
-    out = tiny_run(method, "--seed", "3", "--cuda-graph", "on")  # it cannot be
+    out = tiny_run(method, "--seed", "3")
     printed = capsys.readouterr().out
     assert "CUDA graph off" in printed.splitlines()[0] and printed.count("\nepoch ") == 3
     args, log = common.read_json(out / "args.json"), log_of(out)
@@ -56,8 +56,6 @@ def test_what_a_run_writes(method, tiny_run, capsys):
     board = EventAccumulator(str(out)).Reload()
     for name in names | evaluated - {"epoch", "seconds"}:
         assert board.Scalars(name)[-1].value == pytest.approx(log[2][name])
-    (grid,) = board.Images("views 1 and 2")[-1:]
-    assert (grid.height, grid.width) == (2 * 18 + 2, 8 * 18 + 2)  # images of 16x16, and frames
     # A finished run is left as it is.
     before = contents(out)
     tiny_run(method, "--seed", "3")
@@ -92,7 +90,7 @@ def test_interrupted_run_ends_with_the_same_bits(command, tiny_run, interrupted_
     interrupted_run(2, method, *flags)  # of which the second is repeated
     assert weights(out)["epoch"] == 3
     # Of the optimizer there is nothing that another device would do otherwise, as a fused step.
-    assert weights(out).keys() == {"epoch", "model", "probe", "momenta"}
+    assert weights(out).keys() == {"epoch", "model", "probe", "momenta", "stem_padding"}
     assert {x for state in weights(out)["momenta"].values() for x in state} == {"momentum_buffer"}
     # As a crash leaves them: an epoch that is logged but not saved, and files cut short.
     with open(out / "log.jsonl", "a") as file:
@@ -161,8 +159,11 @@ def test_loss_that_is_not_finite(subset, fails_plainly, tmp_path):
     """With one step per epoch the features are not finite before the loss is."""
     flags = f"--lr 1e9 --weight-decay 1e9 --knn-every 1 --subset {subset}".split()
     error = fails_plainly(simco, *TINY, *flags, "--out", tmp_path)
-    assert "loss became nan" in error and "--lr" in error and "fp32" in error
-    assert (tmp_path / "checkpoint.pth").exists() == (subset == 32)
+    if subset == 32:
+        assert "a weight, statistic or feature is NaN or infinite" in error
+    else:
+        assert "loss became nan" in error and "--lr" in error and "fp32" in error
+    assert not (tmp_path / "checkpoint.pth").exists()
 
 
 def test_full_disk_and_damaged_files(interrupted_run, fails_plainly):
