@@ -124,7 +124,7 @@ def setup(args):
     if args.out is None:
         args.out = f"runs/{args.method}-{args.dataset}-bs{args.batch_size}-seed{args.seed}"
     if args.compile == "auto":  # Triton, which writes the kernels, needs a C compiler
-        has_compiler = shutil.which(os.getenv("CC", "gcc")) or shutil.which("clang")
+        has_compiler = shutil.which(os.getenv("CC", "cc"))
         args.compile = "on" if args.device == "cuda" and has_compiler and has_triton() else "off"
     # A graph would repeat the negatives that were drawn when it was recorded.
     draws = getattr(args, "num_negatives", None) or getattr(args, "memory_bank", False)
@@ -149,7 +149,7 @@ def init_device(args):
     if args.precision == "auto":  # bf16 where it is fast: on GPUs since Ampere, on some CPUs
         has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # not in every PyTorch
         if args.device == "cuda":
-            has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
+            has_bf16 = torch.cuda.get_device_capability()[0] >= 8
         args.precision = "bf16" if has_bf16 else "fp32"
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     torch.backends.cudnn.benchmark = True  # choose the fastest convolutions by trying
@@ -171,7 +171,7 @@ def require(condition, message):
 
 def launch(main, if_interrupted=""):
     """Run a script. A file that cannot be read or written is a mistake that the user can fix."""
-    sys.stdout.reconfigure(errors="replace")  # what cannot be shown must not end a script
+    getattr(sys.stdout, "reconfigure", dict)(errors="replace")  # of what a terminal cannot show
     home = os.path.expanduser("~/")  # which the shell does not expand in --out=~/run
     sys.argv = [x.replace("~/", home, 1) if re.match("(--.*=)?~/", x) else x for x in sys.argv]
     try:
@@ -292,7 +292,7 @@ def fingerprint(data):
     """What args.json says of a Dataset. So a run knows its data by content, not by name."""
     content = hashlib.sha256(json.dumps(data.classes).encode())
     for tensor in data[:4]:
-        content.update(tensor.numpy())
+        content.update(tensor.contiguous().numpy())
     count = f"{len(data.train_images)} + {len(data.test_images)} images"
     return f"{count}, {len(data.classes)} classes, sha256 {content.hexdigest()[:12]}"
 
@@ -392,7 +392,7 @@ def batches(data, epoch, args):
 
 def seeded_generator(device, *numbers):
     """A random generator whose state depends on the numbers only."""
-    seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64).item()
+    seed = np.random.SeedSequence(numbers).generate_state(1, "uint64").item()
     return torch.Generator(device).manual_seed(seed)
 
 
@@ -427,8 +427,8 @@ def draw_boxes(count, size, generator):
 def resize_matrix(start, length, size):
     """Cropping and resizing are linear along each axis. This is their matrix, [n, S, S]: row i has
     the weights of the pixels of an axis in output pixel i, if the output is to show the part from
-    `start` to `start + length` (int64 [n]). The filter is PIL's bicubic: a = -0.5, wider when
-    shrinking, normalised over the crop. (F.interpolate and F.grid_sample have a = -0.75.)"""
+    `start` to `start + length` (int64 [n]). The filter is PIL's bicubic, Keys' kernel of a = -0.5,
+    wider when shrinking, normalised over the crop. (F.interpolate has one box for all images.)"""
     start, end = start[:, None], (start + length)[:, None]
     step = length[:, None] / size  # [n, 1]: from one output pixel to the next, in the image
     pixel = torch.arange(size, device=start.device) + 0.5
@@ -528,14 +528,14 @@ def resnet18(width=64, stem_padding=2, norm_layer=nn.BatchNorm2d):
     backbone.conv1 = nn.Conv2d(3, width, 3, padding=stem_padding, bias=False)
     backbone.bn1 = norm_layer(width)
     backbone.relu = nn.ReLU(inplace=True)
-    for i, stride in ((1, 1), (2, 2), (3, 2), (4, 2)):  # where the maps shrink, channels double
-        before, channels, shortcut = width, stride * width, None
+    for name, stride in dict(layer1=1, layer2=2, layer3=2, layer4=2).items():
+        before, channels, shortcut = width, stride * width, None  # as maps halve, channels double
         if stride > 1:
             conv = nn.Conv2d(before, channels, 1, stride, bias=False)
             shortcut = nn.Sequential(conv, norm_layer(channels))
         first = BasicBlock(before, channels, stride, shortcut, norm_layer=norm_layer)
         second = BasicBlock(channels, channels, norm_layer=norm_layer)
-        backbone.add_module(f"layer{i}", nn.Sequential(first, second))
+        backbone.add_module(name, nn.Sequential(first, second))
         width = channels
     backbone.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     backbone.num_features = width
@@ -850,10 +850,10 @@ def open_run(args):
     require(not differ, f"'{path}' is a run with {differ}; choose another --out")
     how = f"{args.precision}, compile {args.compile}, CUDA graph {args.cuda_graph}"
     print(f"{args.method}, {how}, {args.environment} -> {path}", flush=True)
-    checkpoint, result = path / "checkpoint.pth", path / "result.json"
+    checkpoint = path / "checkpoint.pth"
     if checkpoint.exists():
         return load_checkpoint(checkpoint)
-    require(not result.exists(), f"'{path}' is evaluated, but has no checkpoint; choose another")
+    require(not (path / "result.json").exists(), f"'{path}' is evaluated, but has no checkpoint")
 
 
 def load_checkpoint(path):
