@@ -16,7 +16,7 @@ import shutil
 import sys
 import threading
 import time
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -343,7 +343,6 @@ def read_npz(path):
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-compiled = cache(torch.compile)  # each function once, though every epoch asks for it
 
 
 class ViewParams(NamedTuple):  # of n views
@@ -377,7 +376,7 @@ def batches(data, epoch, args):
     index = index[: steps * batch_size].view(steps, WORLD_SIZE, share)[:, RANK]
     params = [x.unflatten(0, (steps, WORLD_SIZE, share, 2))[:, RANK] for x in params]
     params = [x.transpose(1, 2).flatten(1, 2) for x in params]
-    make_views = compiled(augment) if args.compile == "on" else augment
+    make_views = torch.compile(augment) if args.compile == "on" else augment  # compiles once
     several_groups = args.bn_splits > 1 or (WORLD_SIZE > 1 and not args.sync_bn)
     bar = dict(desc=f"epoch {epoch + 1}/{args.epochs}", total=args.epochs * steps, leave=False)
     for step in tqdm(range(steps), initial=epoch * steps, disable=RANK > 0 or None, **bar):
@@ -663,6 +662,7 @@ def dual_temperature_weight(positive, negative, t, dt_m):
 
 
 def contrastive_loss(positive, negative, args):
+    """The loss that --loss names, a scalar. infonce and eqco differ in --alpha only."""
     if args.loss == "dual":
         return dual_temperature(positive, negative, args.moco_t, args.dt_m)
     if args.loss == "dcl":
@@ -683,7 +683,7 @@ def dual_temperature_loss(q, k, temperature=0.1, dt_m=10.0, queue=None):
 def contrast_statistics(positive, negative, args):
     """What the log says of a batch: {name: float}."""
     statistics = dict(positive_similarity=positive, negative_similarity=negative)
-    statistics["positive_ranks_first"] = (positive > negative.amax(dim=1)).float()
+    statistics["positive_ranks_first"] = (positive > negative.amax(1)).float()
     if args.loss == "dual":
         weight = dual_temperature_weight(positive, negative, args.moco_t, args.dt_m)
         statistics["dual_temperature_weight"] = weight
@@ -721,7 +721,7 @@ def knn_predict(features, bank, bank_labels, num_classes, k=200, temperature=0.1
         cosine, rows = (chunk @ bank.T).topk(min(k, len(bank)))
         votes = chunk.new_zeros(len(chunk), num_classes)
         votes.scatter_add_(1, bank_labels[rows], (cosine / temperature).exp())
-        predicted.append(votes.argmax(dim=1))
+        predicted.append(votes.argmax(1))
     return torch.cat(predicted)
 
 
@@ -742,7 +742,7 @@ def evaluate(backbone, probe, data, args):
         bank, logits = extract_features(backbone, data.train_images, args), probe(features)
         require(math.isfinite(logits.sum().item()), "the probe became NaN or infinite")
         knn = knn_predict(features, bank, data.train_labels, len(data.classes))
-        for name, predicted in dict(knn_top1=knn, probe_top1=logits.argmax(dim=1)).items():
+        for name, predicted in dict(knn_top1=knn, probe_top1=logits.argmax(1)).items():
             measured[name] = 100 * (predicted == data.test_labels).double().mean().item()
     return measured
 
