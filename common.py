@@ -115,7 +115,7 @@ def setup(args):
     device = init_device(args)
     share, rest = divmod(args.batch_size, WORLD_SIZE)
     require(rest == 0, f"--batch-size must be a multiple of {WORLD_SIZE}, the number of processes")
-    fits = args.bn_splits == 1 or (share % args.bn_splits == 0 and share > args.bn_splits)
+    fits = share % args.bn_splits == 0 and share > args.bn_splits
     require(fits, f"--bn-splits must divide {share} images into groups of two or more")
     can_sync = args.bn_splits == 1 and (WORLD_SIZE == 1 or args.device == "cuda")
     require(can_sync or not args.sync_bn, "--sync-bn needs GPUs, and no --bn-splits")
@@ -299,10 +299,10 @@ def fingerprint(data):
 
 def balanced(labels, num_classes, count):
     """The sorted indices of `count` images, taken from the classes in turn, first images first."""
-    nth_of_any_class = F.one_hot(labels, num_classes).cumsum(dim=0)
-    nth_of_its_class = nth_of_any_class.gather(1, labels[:, None]).squeeze(1)
-    turn = nth_of_its_class * num_classes + labels
-    return turn.argsort()[:count].sort().values
+    by_class, index = labels.sort(stable=True)
+    nth = torch.ones_like(labels).cumsum(0) - torch.searchsorted(by_class, by_class)  # of its class
+    turn = nth * num_classes + by_class
+    return index[turn.argsort()[:count]].sort().values
 
 
 def read_dataset(args):
@@ -325,7 +325,7 @@ def read_npz(path):
     try:
         with np.load(path) as file:
             *arrays, classes = (file[name] for name in Dataset._fields)
-        known = set(range(len(classes)))
+        names, known = [*classes.astype(str)], {*range(len(classes))}
     except Exception as error:  # numpy, zipfile and zlib each fail in their own way
         require(False, f"'{path}' is damaged or not a dataset: {error}")
     tensors, size = [], arrays[0].shape[1:2]
@@ -333,10 +333,10 @@ def read_npz(path):
         kind, shape, odd = images.dtype, images.shape, {*labels.ravel().tolist()} - known
         fits = kind == "uint8" and shape[1:] == (*size, *size, 3) and images.size > 0
         require(fits, f"'{path}': images must be uint8 [N > 0, S, S, 3], not {kind} {list(shape)}")
-        fault = f"'{path}': labels must be {shape[0]} integers from 0 to {len(known) - 1}, not"
+        fault = f"'{path}': labels must be {shape[0]} integers from 0 to {len(names) - 1}, not"
         require(labels.shape == shape[:1] and not odd, f"{fault} {list(labels.shape)} {[*odd][:3]}")
         tensors += torch.from_numpy(images), torch.from_numpy(labels.astype("int64"))
-    return Dataset(*tensors, classes.tolist())
+    return Dataset(*tensors, names)
 
 
 # 4. Augmentation: torchvision's, but for a batch at once, of images float [n, 3, S, S] in 0..1 ----
@@ -432,7 +432,7 @@ def resize_matrix(start, length, size):
     step = length[:, None] / size  # [n, 1]: from one output pixel to the next, in the image
     pixel = torch.arange(size, device=start.device) + 0.5
     centre = (start + pixel * step)[:, :, None]  # where each output pixel is in the image
-    x = ((pixel - centre) / step.clamp(min=1)[:, :, None]).abs()  # output pixel, image pixel
+    x = ((pixel - centre) / step.clamp(1)[:, :, None]).abs()  # output pixel, image pixel
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
     weight = torch.where(x < 1, near, far)
@@ -729,8 +729,8 @@ def effective_rank(features):
     """RankMe (Garrido et al., arXiv 2210.02885): e^H, where H is the entropy of the singular values
     of features [n, D], scaled to sum to 1. From 1 (all rows are parallel) to D."""
     gram = features.double().T @ features.double()  # DxD: an SVD of the features is slower
-    singular_values = torch.linalg.eigvalsh(gram.cpu()).clamp(min=0).sqrt()
-    p = singular_values / singular_values.sum() + 1e-7  # so that log 0 is never asked for
+    singular_values = torch.linalg.eigvalsh(gram.cpu()).clamp(0).sqrt()
+    p = singular_values / singular_values.sum().clamp(1e-9) + 1e-7  # neither 0 / 0 nor log 0
     return (-p * p.log()).sum().exp().item()
 
 

@@ -262,7 +262,7 @@ def read_result(args):
 def write_result(args, result):
     """Add it there. What is there of the untrained network or of few labels stays."""
     if args.json:
-        text = json.dumps(read_result(args) | result, indent=1) + "\n"
+        text = json.dumps(read_result(args) | result, indent=1, default=float) + "\n"
         common.write_atomically(args.json, lambda path: path.write_text(text))
 
 

@@ -15,7 +15,7 @@ Contrastive Learning" (arXiv 2003.04297).
         k replaces the N oldest keys of the queue
 
     python moco_v2.py                                     # CIFAR-100, batch 256, 200 epochs
-    torchrun --nproc_per_node=4 moco_v2.py                # the same batches on 4 GPUs
+    torchrun --standalone --nproc_per_node=4 moco_v2.py   # the same batches on 4 GPUs
     python moco_v2.py --memory-bank --moco-k 4096 --moco-m 0.5    # a memory bank, no queue
 """
 import copy

@@ -17,11 +17,13 @@ cd "$(dirname "$0")"
 case "${*:-table}" in
   table) ;;
   demo)
+    [ "${DATASET:-shapes}" = shapes ] || { echo "the demo has no DATASET but shapes" >&2; exit 2; }
     DATASET=shapes BATCH_SIZES=${BATCH_SIZES:-32} EPOCHS=${EPOCHS:-7} RUNS=${RUNS:-runs/demo}
     # A new network gives all images nearly the same query. BatchNorm in the head spreads them, and
     # so few steps need a high learning rate, a key encoder that follows sooner, and a short queue.
     FLAGS="--width 8 --stem-padding 1 --head-bn --moco-t 0.4 --lr 0.2 --knn-every 1 ${FLAGS:-}"
-    MOCO_V2_FLAGS="--moco-m 0.95 --moco-k 256" SIMMOCO_FLAGS="--moco-m 0.95"
+    MOCO_V2_FLAGS="--moco-m 0.95 --moco-k 256 ${MOCO_V2_FLAGS:-}"
+    SIMMOCO_FLAGS="--moco-m 0.95 ${SIMMOCO_FLAGS:-}"
     EVAL_FLAGS="--cached --epochs 50 ${EVAL_FLAGS:-}"
     data=${DATA:-data}/shapes.npz
     [ -e "$data" ] || ${PYTHON:-python3} results/prepare.py shapes --out "$data"

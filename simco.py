@@ -14,7 +14,7 @@ Negative Samples: Towards Understanding and Simplifying MoCo", CVPR 2022 (arXiv 
         update f by SGD
 
     python simco.py                                       # CIFAR-100, batch 256, 200 epochs
-    torchrun --nproc_per_node=4 simco.py                  # the same batches on 4 GPUs
+    torchrun --standalone --nproc_per_node=4 simco.py     # the same batches on 4 GPUs
     python simco.py --loss infonce                        # InfoNCE, end to end (MoCo, figure 2a)
     diff simco.py simmoco.py                              # next: what a momentum encoder adds
 """

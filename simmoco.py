@@ -15,7 +15,7 @@ Negative Samples: Towards Understanding and Simplifying MoCo", CVPR 2022 (arXiv 
         f_k = m * f_k + (1 - m) * f_q
 
     python simmoco.py                                     # CIFAR-100, batch 256, 200 epochs
-    torchrun --nproc_per_node=4 simmoco.py                # the same batches on 4 GPUs
+    torchrun --standalone --nproc_per_node=4 simmoco.py   # the same batches on 4 GPUs
     python simmoco.py --loss eqco --alpha 256 --num-negatives 16 --head-bn    # SiMo (EqCo)
     diff simmoco.py moco_v2.py                            # next: what a queue adds
 """

@@ -346,6 +346,8 @@ def main():
     parser.add_argument("--image", default=0, type=int, help="the training image to show views of")
     parser.add_argument("--out", metavar="DIR", help="default: RUN_DIR, or results/")
     args = parser.parse_args()
+    own = args.data is not None or args.image != 0
+    common.require(args.run or not own, "--data and --image go with a RUN_DIR")
     style = {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False}
     style |= {"axes.spines.right": False, "font.size": 10, "figure.dpi": 100}
     plt.rcParams.update(style | {"svg.hashsalt": "figures"})  # the same file every time

@@ -28,13 +28,17 @@ import common  # noqa: E402
 
 def to_rgb(image):
     """A PIL image, upright and in mode RGB."""
-    # 16 bits of gray. (Some versions of PIL take these PNGs for 32 bits. PNG has at most 16.)
-    is_deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
-    if image.mode in ("I", "F") and not is_deep:
+    # Gray of up to 16 bits. PIL has it in 32 if it is a PGM and, in some versions, if it is a PNG.
+    is_16_bit = image.mode == "I" and image.format in ("PNG", "PPM")
+    is_16_bit = is_16_bit or image.mode.startswith("I;16")
+    if image.mode in ("I", "F") and not is_16_bit:
         raise ValueError("its pixels have 32 bits; save it with 8 or 16")
+    tags = getattr(image, "tag_v2", {})  # of a TIFF: 258, how many bits; 262, whether 0 is white
     image = ImageOps.exif_transpose(image)
-    if is_deep:
-        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
+    if is_16_bit:
+        gray = np.asarray(image) / (2 ** tags.get(258, (16,))[0] - 1)
+        gray = 1 - gray if tags.get(262) == 0 else gray
+        return Image.fromarray((255 * gray).round().astype(np.uint8)).convert("RGB")
     if image.mode.upper().endswith("A") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -69,10 +73,11 @@ def read_split(folder, size):
         with ThreadPoolExecutor() as pool:
             found = list(pool.map(partial(read_image, size), paths))
         for path, image in zip(paths, found):
-            file = path.resolve()
             if isinstance(image, str):
                 left_out[image].append(path)
-            elif file in seen:
+                continue
+            file = path.stat().st_dev, path.stat().st_ino
+            if file in seen:
                 left_out["linked twice"].append(path)
             else:
                 seen.add(file)
@@ -81,6 +86,9 @@ def read_split(folder, size):
         fault = f"'{directory}' has no images, or only ones that other classes have"
         common.require(label in labels[-1:], fault)
     print(f"{folder}: {len(images)} images in {len(known)} classes")
+    copies = len(images) - len({image.tobytes() for image in images})
+    if copies > 0:
+        print(f"  kept, though the same as another image: {copies}")
     for reason, paths in left_out.items():
         if paths:
             some = ", ".join(str(path.relative_to(folder)) for path in paths[:3])

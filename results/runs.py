@@ -25,7 +25,8 @@ def read(run, run_args, figures):
     figures["minutes"] = round(sum(entry.get("seconds", 0) for entry in log.values()) / 60)
     at_rate = run / f"result-lr-{RATE}.json"
     other = common.read_json(at_rate) if at_rate.exists() else figures
-    figures["at_rate"] = other["linear_top1"] if other["linear_lr"] == RATE else None
+    fits = other["linear_lr"] == RATE and other["epoch"] == figures["epoch"]
+    figures["at_rate"] = other["linear_top1"] if fits else None
     return figures
 
 

@@ -8,6 +8,7 @@ are means over seeds. Runs that are left out, or in part, are named below the ta
 """
 import argparse
 import json
+import os
 import statistics
 import sys
 from argparse import Namespace
@@ -84,12 +85,25 @@ def read_log(run):
     return entries
 
 
+def run_directories(root):
+    """The directories below `root` that have a result.json, sorted, also those that are linked."""
+    found = {}
+    for directory, children, files in os.walk(root, followlinks=True):
+        place = os.path.realpath(directory)
+        if place in found:
+            children.clear()  # a link back
+        else:
+            found[place] = Path(directory) if "result.json" in files else None
+    return sorted(filter(None, found.values()))
+
+
 def evaluated_runs(root):
     """The evaluated runs below a directory, each one once: [(directory, flags, result)], with the
     log's last entry in `result`; and notes on what is left out, a list of str."""
     runs, first, notes, images = [], {}, [], defaultdict(set)
-    for path in sorted(Path(root).rglob("result.json")):
-        run, result = path.parent, common.read_json(path)
+    for run in run_directories(root):
+        path = run / "result.json"
+        result = common.read_json(path)
         if not (run / "args.json").exists():
             notes.append(f"Not shown: {path}, without args.json.")
             continue

@@ -19,7 +19,7 @@ def arrays():
     """A tiny dataset, as `common.read_npz` wants it."""
     random = np.random.default_rng(0)
     images, labels = random.integers(0, 256, (60, 16, 16, 3), dtype=np.uint8), np.arange(60) % 2
-    values = (images, labels, images[:20], labels[:20], np.array(["a", "b"]))
+    values = (images, labels, images[:20], labels[:20], np.array([b"a", b"b"]))
     return dict(zip(common.Dataset._fields, values))
 
 
@@ -50,6 +50,8 @@ def test_subset_is_balanced():
     labels = torch.arange(1000) % 10
     assert labels[common.balanced(labels, 10, 105)].bincount().tolist() == [11] * 5 + [10] * 5
     assert torch.equal(common.balanced(labels, 10, 1000), torch.arange(1000))
+    several = torch.arange(10**6) % 10**5  # an array of images and classes would have 800 GB
+    assert torch.equal(common.balanced(several, 10**5, 2 * 10**5), torch.arange(2 * 10**5))
     uneven = torch.tensor([0] * 17 + [1] * 3)
     assert uneven[common.balanced(uneven, 2, 10)].bincount().tolist() == [7, 3]
 

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 
@@ -252,6 +253,9 @@ def image_of(folder, run_script, size=4):
 IMAGES = {  # an image, its file's ending, and what becomes of it
     "16-bit gray": (Image.fromarray(np.full((4, 4), 25700, np.uint16)), "png", 100),
     "16-bit TIFF": (Image.fromarray(np.full((4, 4), 12850, np.uint16)), "tif", 50),
+    "12-bit TIFF": (Image.fromarray(np.full((4, 4), 0x8888, np.uint16)), "tif", 0x88),
+    "16-bit negative": (Image.fromarray(np.full((4, 4), 65535, np.uint16)), "tif", 0),
+    "16-bit PGM": (Image.fromarray(np.full((4, 4), 25700, np.uint16)), "pgm", 100),
     "transparent": (Image.new("RGBA", (4, 4), (255, 0, 0, 0)), "png", 255),
     "gray, half transparent": (Image.new("LA", (4, 4), (0, 128)), "png", 127),
     "GIF": (Image.new("L", (4, 4), 80), "gif", 80),
@@ -263,7 +267,13 @@ IMAGES = {  # an image, its file's ending, and what becomes of it
 def test_images_are_what_they_look_like(case, tmp_path, run_script):
     image, ending, gray = IMAGES[case]
     (tmp_path / "x" / "train" / "cat").mkdir(parents=True)
-    image.save(tmp_path / "x" / "train" / "cat" / f"a.{ending}")
+    path = tmp_path / "x" / "train" / "cat" / f"a.{ending}"
+    image.save(path)
+    tag = {"12-bit TIFF": (258, 12), "16-bit negative": (262, 0)}.get(case)
+    if tag is not None:  # PIL writes 16 bits, black is 0; the tag is an entry of 12 bytes
+        entry = struct.pack("<HH", tag[0], 3) + struct.pack("<I", 1)
+        before, _, after = path.read_bytes().partition(entry)
+        path.write_bytes(before + entry + struct.pack("<H", tag[1]) + after[2:])
     assert (image_of(tmp_path / "x", run_script) == gray).all()
 
 
@@ -274,10 +284,13 @@ def test_images_that_cannot_be_read_and_links(tmp_path, run_script, fails_plainl
     Image.new("L", (4, 4), 9).save(cats / "a.png")
     (cats / "loop").symlink_to(cats)
     (cats / "b.png").symlink_to(cats / "a.png")
+    (cats / "c.png").hardlink_to(cats / "a.png")
+    (cats / "d.png").symlink_to(cats / "nowhere")
     assert (image_of(tmp_path / "x", run_script) == 9).all()
     printed = capsys.readouterr().out
-    assert "train: 1 images in 1 classes" in printed and "linked twice: 1 (cat/b.png)" in printed
-    assert "not a file: 1 (cat/loop)" in printed and "training images, too" in printed
+    for words in ("train: 1 images in 1 classes", "not a file: 2 (cat/d.png, cat/loop)"):
+        assert words in printed
+    assert "linked twice: 2 (cat/b.png, cat/c.png)" in printed and "training images, too" in printed
     Image.fromarray(np.zeros((4, 4), np.float32)).save(cats / "c.tif")
     error = fails_plainly(prepare, "folder", tmp_path / "x", "--out", tmp_path / "y.npz")
     assert "c.tif" in error and "32 bits" in error
