@@ -202,8 +202,7 @@ def write_atomically(path, write):
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # a full disk; the latter by torch.save
         temporary.unlink(missing_ok=True)
-        free = shutil.disk_usage(temporary.parent).free // 10**6
-        require(False, f"cannot write '{path}', {free} MB are free: {str(error).splitlines()[0]}")
+        require(False, f"cannot write '{path}' (a full disk?): {str(error).splitlines()[0]}")
 
 
 # 2. Processes: torchrun starts one per GPU. Without torchrun there is only one --------------------
@@ -415,10 +414,10 @@ def draw_boxes(count, size, generator):
     area = 0.08 + 0.92 * torch.rand(count, 10, **draw)
     ratio = (math.log(3 / 4) + math.log(16 / 9) * torch.rand(count, 10, **draw)).exp()
     sides = (size * torch.stack([area / ratio, area * ratio]).sqrt()).round()  # height, width
-    fits = (sides == sides.clamp(1, size)).all(dim=0)  # [count, 10]
-    first = fits.int().argmax(dim=1)
+    fits = (sides == sides.clamp(1, size)).all(0)  # [count, 10]
+    first = fits.int().argmax(1)
     sides = sides.take_along_dim(first[None, :, None], dim=2).squeeze(2)  # [2, count]
-    sides = torch.where(fits.any(dim=1), sides, float(size))
+    sides = torch.where(fits.any(1), sides, float(size))
     corners = (torch.rand(2, count, **draw) * (size - sides + 1)).floor()
     return torch.cat([corners, sides]).long().T
 
@@ -853,14 +852,13 @@ def open_run(args):
     checkpoint = path / "checkpoint.pth"
     if checkpoint.exists():
         return load_checkpoint(checkpoint)
-    require(not (path / "result.json").exists(), f"'{path}' is evaluated, but has no checkpoint")
 
 
 def load_checkpoint(path):
     """What torch.save wrote. Tensors and plain values only: to unpickle more could run code."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+    except FileNotFoundError:
         raise
     except Exception:  # torch, zipfile and pickle each fail in their own way
         require(False, f"'{path}' is damaged, or has more in it than tensors; save its state_dict")
@@ -880,13 +878,15 @@ class Log:
     """A line for each epoch, printed and in log.jsonl, and curves in TensorBoard."""
 
     def __init__(self, args, start_epoch):
-        self.args, self.path, self.lines = args, Path(args.out, "log.jsonl"), []
+        self.args, self.path = args, Path(args.out, "log.jsonl")
         if RANK == 0 and start_epoch < args.epochs:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
-            if start_epoch > 0:  # what was logged after the checkpoint is trained and logged again
-                self.lines = self.path.read_text().splitlines()[: start_epoch + 1]
+            self.lines = self.path.read_text().splitlines() if self.path.exists() else []
+            fits = len(self.lines) > start_epoch if start_epoch > 0 else len(self.lines) < 3
+            require(fits, f"'{self.path}' and the checkpoint, of epoch {start_epoch}, do not fit")
+            del self.lines[start_epoch and start_epoch + 1 :]  # to be trained and logged again
+            threading.excepthook = lambda _: None  # TensorBoard's thread's errors are ours, too
             self.board = SummaryWriter(args.out, purge_step=start_epoch + 1)
-            threading.excepthook = lambda _: None  # its thread's errors are this one's, too
         self.begin_epoch()
 
     def begin_epoch(self):

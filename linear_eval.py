@@ -77,8 +77,7 @@ def load(args):
         args.data = args.data or "data"
         return *read_backbone(args.checkpoint, args.stem_padding), args
     own = [x for x in ("checkpoint", "dataset", "subset", "stem_padding") if getattr(args, x)]
-    own = " --".join(own).replace("_", "-")
-    require(not own, f"a RUN_DIR has its own network and data, so drop --{own}")
+    require(not own, f"a run has its own network and data: drop {', '.join(own)}".replace("_", "-"))
     run = common.read_json(f"{args.run}/args.json")
     require("stem_padding" in run, f"'{args.run}' is not a run of this project")
     args.data = args.data or run["data"]
@@ -112,14 +111,14 @@ def read_backbone(path, stem_padding=None):
         child = NUMBERED.get(child, child)
         if name.startswith(prefix) and child not in HEADS:
             state[f"{child}.{rest}"] = tensor
-    is_ours = ours in (None, stem_padding or ours)
-    require(is_ours, f"'{path}' was trained with --stem-padding {ours}")
+    require(ours in (None, stem_padding or ours), f"it was trained with --stem-padding {ours}")
     stem_padding, guess = stem_padding or ours, ""
     if stem_padding is None:  # solo-learn and the DT authors pad by 2, and so do our defaults
         has_probe = prefix in ("backbone.", "encoder.") and "classifier.weight" in tensors
         stem_padding = 2 if has_probe or prefix.endswith(".backbone.") else 1
         guess = ": a guess, see --stem-padding"
     backbone = common.resnet18(len(state["conv1.weight"]), stem_padding)
+    backbone.is_guess = guess != ""
     try:
         backbone.load_state_dict(state)
     except RuntimeError as error:  # names what is missing, unexpected or of another size
@@ -225,9 +224,10 @@ def main():
     args = arguments().parse_args()
     device = common.init_device(args)
     backbone, epoch, args = common.from_rank_zero(load, args)
-    if args.export:
+    if args.export is not None:
         state, padding = backbone.state_dict(), backbone.conv1.padding[0]
-        state._metadata["stem_padding"] = padding  # beside PyTorch's own, for read_backbone
+        if not getattr(backbone, "is_guess", False):  # for read_backbone, beside PyTorch's own
+            state._metadata["stem_padding"] = padding
         if common.RANK == 0:
             common.write_atomically(args.export, lambda path: torch.save(state, path))
             conv1 = f"nn.Conv2d(3, 64, 3, padding={padding}, bias=False)"

@@ -14,6 +14,9 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
+DATA=${DATA:-data}
+RUNS=${RUNS:-} # "" stands for runs/demo, or runs
+DATA=${DATA/#\~/$HOME} RUNS=${RUNS/#\~/$HOME}
 case "${*:-table}" in
   table) ;;
   demo)
@@ -25,7 +28,7 @@ case "${*:-table}" in
     MOCO_V2_FLAGS="--moco-m 0.95 --moco-k 256 ${MOCO_V2_FLAGS:-}"
     SIMMOCO_FLAGS="--moco-m 0.95 ${SIMMOCO_FLAGS:-}"
     EVAL_FLAGS="--cached --epochs 50 ${EVAL_FLAGS:-}"
-    data=${DATA:-data}/shapes.npz
+    data=$DATA/shapes.npz
     [ -e "$data" ] || ${PYTHON:-python3} results/prepare.py shapes --out "$data"
     ;;
   *)
@@ -39,11 +42,9 @@ BATCH_SIZES=${BATCH_SIZES:-64 128 256 512 1024}
 SEEDS=${SEEDS:-0}
 EPOCHS=${EPOCHS:-200}
 DATASET=${DATASET:-cifar100}
-DATA=${DATA:-data}
 NPROC=${NPROC:-1}
 RUNS=${RUNS:-runs}
 PYTHON=${PYTHON:-python3}
-RUNS=${RUNS/#\~/$HOME} DATA=${DATA/#\~/$HOME}
 
 launch=$PYTHON
 [ "$NPROC" = 1 ] || launch="$PYTHON -m torch.distributed.run --standalone --nproc_per_node=$NPROC"

@@ -56,7 +56,7 @@ def main():
     common.require(args.run and not args.untrained, "name a RUN_DIR; its start is evaluated, too")
     common.require(args.export is None, "--export is for linear_eval.py")
     device = common.init_device(args)
-    backbone, _, args = linear_eval.load(args)
+    backbone, epoch, args = linear_eval.load(args)
     run = table.read_args(args.run)
     start = linear_eval.untrained(run.seed, run.width, run.stem_padding)
     data = common.load_data(args, device)
@@ -70,7 +70,10 @@ def main():
         top1[name] = few_labels(network, data, args.labels_per_class, args)
     if common.RANK == 0:
         try:
-            linear_eval.write_result(args, dict(labels_per_class=top1))
+            few = linear_eval.read_result(args).get("labels_per_class", {})
+            if few.get("epoch") == epoch:  # what there is of other counts stays
+                top1 = {name: few[name] | top1[name] for name in top1}
+            linear_eval.write_result(args, dict(labels_per_class=dict(epoch=epoch, **top1)))
         finally:  # even if it cannot be written
             print("labels per class        trained      untrained")
             for count, trained in top1["trained"].items():

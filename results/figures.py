@@ -324,6 +324,7 @@ def of_run(run, data_directory, image):
     run_args = table.read_args(run)
     start = linear_eval.untrained(run_args.seed, run_args.width, run_args.stem_padding)
     data, features = common.load_data(args, device), {}
+    pictures = dict(views=views(data, image, run_args.augmentation))
     for name, network in dict(untrained=start, trained=backbone).items():
         network.to(device, memory_format=torch.channels_last)
         images = data.train_images, data.test_images
@@ -335,7 +336,6 @@ def of_run(run, data_directory, image):
         board.add_embedding(features["trained"][1][:2000], names, small, tag="test_features")
         for name, (train, test) in features.items():
             board.add_image(f"neighbours/{name}", picture_of_neighbours(train, test, data)[0])
-    pictures = dict(views=views(data, image, run_args.augmentation))
     return dict(pictures, neighbours=neighbours(features, data))
 
 
@@ -348,6 +348,8 @@ def main():
     args = parser.parse_args()
     own = args.data is not None or args.image != 0
     common.require(args.run or not own, "--data and --image go with a RUN_DIR")
+    is_there = Path(args.out or args.run or RESULTS).is_dir()
+    common.require(is_there, f"there is no directory '{args.out or args.run}'")
     style = {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False}
     style |= {"axes.spines.right": False, "font.size": 10, "figure.dpi": 100}
     plt.rcParams.update(style | {"svg.hashsalt": "figures"})  # the same file every time

@@ -36,8 +36,10 @@ def to_rgb(image):
     tags = getattr(image, "tag_v2", {})  # of a TIFF: 258, how many bits; 262, whether 0 is white
     image = ImageOps.exif_transpose(image)
     if is_16_bit:
-        gray = np.asarray(image) / (2 ** tags.get(258, (16,))[0] - 1)
+        values = np.asarray(image)
+        gray = values / (2 ** tags.get(258, (16,))[0] - 1)
         gray = 1 - gray if tags.get(262) == 0 else gray
+        gray = np.where(values == image.info.get("transparency"), 1, gray)
         return Image.fromarray((255 * gray).round().astype(np.uint8)).convert("RGB")
     if image.mode.upper().endswith("A") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -172,6 +174,8 @@ def main():
     name = Path(args.folder).resolve().name if is_folder else "shapes"
     path = Path(args.out or f"data/{name}.npz")
     common.require(path.suffix == ".npz", f"--out '{path}' must end in .npz")
+    is_cifar = path.stem in ("cifar10", "cifar100")
+    common.require(not is_cifar, f"'{path}' would be taken for the real {path.stem}; choose --out")
     common.require(not path.exists(), f"'{path}' exists; choose another --out")
     arrays = read_folder(args.folder, args.image_size or 32) if is_folder else draw_shapes()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import argparse
 import re
 from collections import defaultdict
 
-from table import common, evaluated_runs, in_words, read_log
+from table import changed_flags, common, evaluated_runs, in_words, read_log
 
 RATE = 0.3
 STATISTICS = "probe_top1 knn_top1 effective_rank".split()
@@ -21,12 +21,13 @@ def read(run, run_args, figures):
     """What result.json and the last line of log.jsonl say; `at_rate`, the accuracy at RATE; of the
     training, its precision and the minutes that it took."""
     log = read_log(run)
-    figures = {**figures, **log.get(run_args.epochs, {}), **vars(run_args)}
+    figures = {**vars(run_args), **figures, **log.get(run_args.epochs, {})}
+    figures["flags"] = f"batch {run_args.batch_size}, {changed_flags(run_args)}"
     figures["minutes"] = round(sum(entry.get("seconds", 0) for entry in log.values()) / 60)
     at_rate = run / f"result-lr-{RATE}.json"
     other = common.read_json(at_rate) if at_rate.exists() else figures
-    fits = other["linear_lr"] == RATE and other["epoch"] == figures["epoch"]
-    figures["at_rate"] = other["linear_top1"] if fits else None
+    fits = all(other.get(name) == figures.get(name) for name in ("epoch", "images"))
+    figures["at_rate"] = other["linear_top1"] if fits and other["linear_lr"] == RATE else None
     return figures
 
 
@@ -38,7 +39,7 @@ def tables(root):
     statistics = "probe | kNN | effective rank |"
     each = [f"| run | linear | its rate | at {RATE} | {statistics} precision | minutes |"]
     each.append("|---" * 9 + "|")
-    settings = defaultdict(list)
+    settings, flags_of = defaultdict(list), defaultdict(set)
     for run, figures in runs.items():
         name = run.name if names.count(run.name) == 1 else str(run.relative_to(root))
         values = [figures.get(name) for name in ("linear_top1", "at_rate", *STATISTICS)]
@@ -47,11 +48,13 @@ def tables(root):
         each.append(f"| {' | '.join(map(str, cells))} | {figures['minutes']} |")
         # With dt_m = 1 the weight is 1: that is InfoNCE, with other roundings.
         setting = re.sub("dt-m-1$", "loss-infonce", re.sub(r"-seed\d+$", "", name))
-        setting = ", ".join(filter(None, [setting, figures["which_images"]]))
-        settings[setting].append(values[1:])
+        flags = figures["flags"].replace("dt-m 1.0", "loss infonce")
+        settings[setting, flags].append(values[1:])
+        flags_of[setting].add(flags)
     means = [f"| setting | runs | linear at {RATE} | {statistics}", "|---" * 6 + "|"]
-    for setting, rows in sorted(settings.items()):
+    for (setting, flags), rows in sorted(settings.items()):
         words = map(in_words, zip(*rows))
+        setting += f" ({flags})" if len(flags_of[setting]) > 1 else ""
         means.append(f"| {setting} | {len(rows)} | {' | '.join(words)} |")
     return each, means, notes
 

@@ -9,7 +9,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 SEEDS=${SEEDS:-0 1} DATA=${DATA:-data} RUNS=${RUNS:-runs/small}
 
-# A run is done if it was evaluated after its last epoch.
+# A run is done if it was evaluated after its last epoch. If its checkpoint is still there, the scripts
+# are started nevertheless: they compare the flags, and leave alone what is finished.
 is_done() {
   local epochs
   epochs=$(sed -n 's/^ "epochs": \([0-9]*\),*$/\1/p' "$1/args.json" 2>/dev/null) || true
@@ -22,8 +23,8 @@ small() {
   shift 2
   name=${name// --/-}
   out=$RUNS/${name// /-}-seed$seed
-  if is_done "$out"; then
-    echo "$out: done"
+  if is_done "$out" && [ ! -e "$out/checkpoint.pth" ]; then
+    echo "$out: done, and its checkpoint is gone, so its flags are not compared"
     return
   fi
   python3 "$method.py" --dataset cifar100 --data "$DATA" --subset 10000 --width 16 --epochs 15 \

@@ -76,7 +76,8 @@ def in_words(values):
 def read_log(run):
     """The lines of log.jsonl, {epoch: dict}. One that was cut short ends the log."""
     path, entries = Path(run, "log.jsonl"), {}
-    for line in path.read_text().splitlines() if path.exists() else []:
+    text = path.read_text(errors="replace") if path.exists() else ""
+    for line in text.splitlines():
         try:
             entry = json.loads(line)
             entries[entry["epoch"]] = entry
@@ -100,7 +101,7 @@ def run_directories(root):
 def evaluated_runs(root):
     """The evaluated runs below a directory, each one once: [(directory, flags, result)], with the
     log's last entry in `result`; and notes on what is left out, a list of str."""
-    runs, first, notes, images = [], {}, [], defaultdict(set)
+    runs, first, notes, images = [], defaultdict(dict), [], defaultdict(set)
     for run in run_directories(root):
         path = run / "result.json"
         result = common.read_json(path)
@@ -110,24 +111,28 @@ def evaluated_runs(root):
         run_args, log = read_args(run), read_log(run)
         # Evaluated by an earlier version, or by --json, on other images than the run's?
         run_args.images = run_args.images or result.get("images")
-        same = {k: v for k, v in vars(run_args).items() if k not in common.MACHINE_FLAGS}
-        key = json.dumps({**same, "precision": None, "knn_every": None}, sort_keys=True)
-        if key in first:
-            notes.append(f"Not shown: {run}, of the same flags, seed and images as {first[key]}.")
-            continue
-        first[key] = run
+        key = (run_args.method, run_args.batch_size, run_args.seed, changed_flags(run_args))
+        twins = first[key] if "linear_top1" in result else {}
         if result.get("images") not in (None, run_args.images):
             notes.append(f"Not shown: {run}, evaluated on {result['images']}.")
         elif "epoch" in result and result["epoch"] != run_args.epochs:
             notes.append(f"Not shown: {run}, evaluated after epoch {result['epoch']}.")
+        elif run_args.images in twins or None in twins or (twins and run_args.images is None):
+            notes.append(f"Not shown: {run}, of the same flags and seed as {[*twins.values()][0]}.")
         else:
-            if run_args.epochs not in log:
-                notes.append(f"No probe: {run}, whose log ends after epoch {max(log, default=0)}.")
+            twins[run_args.images] = run
+            if len(log) <= run_args.epochs:
+                last = max(log, default=0)
+                notes.append(f"Log with gaps: {run}, {len(log)} lines, the last of epoch {last}.")
             runs.append((run, run_args, {**log.get(run_args.epochs, {}), **result}))
             images[run_args.dataset].add(run_args.images)
-    for _, run_args, _ in runs:  # a name, but several datasets?
-        several = len(images[run_args.dataset] - {None}) > 1
-        run_args.which_images = f"images: {run_args.images or 'unknown'}" if several else None
+    for run, run_args, _ in runs:  # a name, but several datasets?
+        known = images[run_args.dataset] - {None}
+        run_args.which_images = None
+        if len(known) > 1:
+            run_args.which_images = f"images: {run_args.images or 'unknown'}"
+        elif known and run_args.images is None:
+            notes.append(f"Perhaps of other images than the rest: {run}, of an earlier version.")
     return runs, notes
 
 

@@ -44,7 +44,8 @@ runs+="
 "
 TOTAL=$(grep -c . <<<"$runs")
 
-# A run is done if it was evaluated after its last epoch.
+# A run is done if it was evaluated after its last epoch. If its checkpoint is still there, the scripts
+# are started nevertheless: they compare the flags, and leave alone what is finished.
 is_done() {
   local epochs
   epochs=$(sed -n 's/^ "epochs": \([0-9]*\),*$/\1/p' "$1/args.json" 2>/dev/null) || true
@@ -66,8 +67,11 @@ one() {
   name=${name// --/-}
   name=${name// /-}-seed$seed
   out=$RUNS/$name
-  ! is_done "$out" || return 0
-  echo "$name begins"
+  if ! is_done "$out"; then
+    echo "$name begins"
+  elif [ ! -e "$out/checkpoint.pth" ]; then
+    return 0
+  fi
   {
     python3 "$method.py" --dataset cifar100 --data "$DATA" --subset 10000 --width 16 --epochs 60 \
       --knn-every 6 --seed "$seed" --out "$out" "$@" &&

@@ -134,7 +134,7 @@ def test_calibrated_losses():
 
 
 MISTAKES = {"": "which run", "run": "args.json", "--checkpoint x": "--dataset"}
-MISTAKES |= {"run --checkpoint x --stem-padding 1": "drop --checkpoint --stem-padding"}
+MISTAKES |= {"run --checkpoint x --stem-padding 1": "drop checkpoint, stem-padding"}
 MISTAKES |= {"run --export x --json y": "drop --json", "--checkpoint x --export .": "'.' exists"}
 
 

@@ -58,7 +58,7 @@ def test_a_run_knows_its_data(tiny_run, run_script, fails_plainly, other_data, c
     assert run_script(table, other_data) == 0
     printed = capsys.readouterr().out
     assert printed.count("| SimCo |") == 2 and printed.count(f"images: {images} |") == 1
-    assert "±" not in printed and "z/backup, of the same flags, seed and images" in printed
+    assert "±" not in printed and "z/backup, of the same flags and seed" in printed
 
 
 def test_result_of_an_earlier_epoch_or_protocol_is_replaced(tiny_run, run_script, capsys):
@@ -109,7 +109,7 @@ def test_run_without_its_checkpoint_is_not_trained_again(tiny_run, fails_plainly
     (out / "checkpoint.pth").unlink()
     (out / "result.json").write_text("{}")
     log = (out / "log.jsonl").read_bytes()
-    assert "no checkpoint" in fails_plainly(simco, *TINY, "--out", out)
+    assert "do not fit" in fails_plainly(simco, *TINY, "--out", out)
     assert (out / "log.jsonl").read_bytes() == log
 
 
@@ -117,7 +117,7 @@ def test_log_that_was_cut(tiny_run, run_script, capsys):
     out = tiny_run("simco")
     assert run_script(linear_eval, out, *QUICK) == 0
     log = (out / "log.jsonl").read_text()
-    for text, note in ((log[:-9], "whose log ends after epoch 1"), (log, "")):
+    for text, note in ((log[:-9], "2 lines, the last of epoch 1"), (log, "")):
         (out / "log.jsonl").write_text(text)
         capsys.readouterr()
         assert run_script(table, out) == 0
@@ -163,6 +163,24 @@ def test_one_class_has_no_accuracy(run_script, fails_plainly, tmp_path):
     assert "only one class" in fails_plainly(linear_eval, tmp_path / "run", *QUICK)
 
 
+def test_only_runs_that_are_shown_hide_their_copies(tiny_run, run_script, tmp_path, capsys):
+    out = tiny_run("simco")
+    assert run_script(linear_eval, out, *QUICK, "--untrained") == 0
+    shutil.copytree(out, tmp_path / "z")
+    assert run_script(linear_eval, tmp_path / "z", *QUICK) == 0
+    # A run of an earlier version does not know its images: at least no second seed.
+    old = tmp_path / "old"
+    shutil.copytree(tmp_path / "z", old)
+    (tmp_path / "linked").symlink_to(old, target_is_directory=True)
+    for name in ("args.json", "result.json"):
+        (old / name).write_text(json.dumps({**read(old / name), "images": None}))
+    capsys.readouterr()
+    assert run_script(table, tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "| 1 |\n" in printed and "±" not in printed and printed.count("| SimCo |") == 1
+    assert "same flags and seed" in printed
+
+
 def test_our_files_know_their_stem_padding(tiny_run, run_script, fails_plainly, tmp_path, capsys):
     for padding, method in ((1, "simmoco"), (2, "moco_v2")):
         out = tiny_run(method, "--stem-padding", padding)
@@ -178,6 +196,10 @@ def test_our_files_know_their_stem_padding(tiny_run, run_script, fails_plainly, 
     torch.save(dict(torch.load(exported)), exported)  # somebody else's
     linear_eval.read_backbone(exported)
     assert "stem padding 1: a guess" in capsys.readouterr().out
+    again = tmp_path / "again.pth"  # as which it is exported
+    assert run_script(linear_eval, "--checkpoint", exported, "--export", again) == 0
+    linear_eval.read_backbone(again)
+    assert capsys.readouterr().out.count("a guess") == 2
 
 
 def started(script, *flags, **variables):
@@ -258,6 +280,7 @@ IMAGES = {  # an image, its file's ending, and what becomes of it
     "16-bit PGM": (Image.fromarray(np.full((4, 4), 25700, np.uint16)), "pgm", 100),
     "transparent": (Image.new("RGBA", (4, 4), (255, 0, 0, 0)), "png", 255),
     "gray, half transparent": (Image.new("LA", (4, 4), (0, 128)), "png", 127),
+    "16-bit, transparent": (Image.fromarray(np.zeros((4, 4), np.uint16)), "png", 255),
     "GIF": (Image.new("L", (4, 4), 80), "gif", 80),
     "JPEG by another name": (Image.new("L", (4, 4), 80), "jfif", 80),
 }
@@ -268,7 +291,7 @@ def test_images_are_what_they_look_like(case, tmp_path, run_script):
     image, ending, gray = IMAGES[case]
     (tmp_path / "x" / "train" / "cat").mkdir(parents=True)
     path = tmp_path / "x" / "train" / "cat" / f"a.{ending}"
-    image.save(path)
+    image.save(path, **(dict(transparency=0) if case == "16-bit, transparent" else {}))
     tag = {"12-bit TIFF": (258, 12), "16-bit negative": (262, 0)}.get(case)
     if tag is not None:  # PIL writes 16 bits, black is 0; the tag is an entry of 12 bytes
         entry = struct.pack("<HH", tag[0], 3) + struct.pack("<I", 1)
