@@ -38,8 +38,8 @@ from tqdm import tqdm
 
 # Where a run is computed, not what: these flags may change when it resumes or is repeated.
 MACHINE_FLAGS = ("data", "out", "device", "compile", "cuda_graph", "environment")
-NO_FLAGS = (*MACHINE_FLAGS, "images", "changed")  # what args.json has, or had, besides the others
-RETIRED = dict(probe="query", image_size=32, deterministic=False)  # earlier flags, as it is now
+NO_FLAGS = (*MACHINE_FLAGS, "images", "changed")  # in args.json, but not for --config to repeat
+RETIRED = dict(probe="query", image_size=32, deterministic=False)  # removed flags, now fixed
 SECONDS_BETWEEN_CHECKPOINTS = 60  # at least
 
 
@@ -104,7 +104,6 @@ def parse_args(parser):
         names = [x for x in earlier if earlier[x] != defaults.get(x, ...) and x not in NO_FLAGS]
         flags = [f"--{x.replace('_', '-')}={earlier[x]}".removesuffix("=True") for x in names]
         args = parser.parse_args(flags + sys.argv[1:])
-        print(f"with the flags of '{args.config}':", *flags)
         args.images = earlier.get("images") if args.dataset == earlier.get("dataset") else None
     del args.config
     return args
@@ -116,7 +115,7 @@ def setup(args):
     share, rest = divmod(args.batch_size, WORLD_SIZE)
     require(rest == 0, f"--batch-size must be a multiple of {WORLD_SIZE}, the number of processes")
     fits = share % args.bn_splits == 0 and share > args.bn_splits
-    require(fits, f"--bn-splits must divide {share} images into groups of two or more")
+    require(fits, f"BatchNorm needs groups of 2 or more, of {share} images; see --bn-splits")
     can_sync = args.bn_splits == 1 and (WORLD_SIZE == 1 or args.device == "cuda")
     require(can_sync or not args.sync_bn, "--sync-bn needs GPUs, and no --bn-splits")
     require((args.loss == "eqco") == (args.alpha is not None), "--alpha goes with --loss eqco")
@@ -124,7 +123,7 @@ def setup(args):
     if args.out is None:
         args.out = f"runs/{args.method}-{args.dataset}-bs{args.batch_size}-seed{args.seed}"
     if args.compile == "auto":  # Triton, which writes the kernels, needs a C compiler
-        has_compiler = shutil.which(os.getenv("CC", "cc"))
+        has_compiler = shutil.which(os.getenv("CC", "gcc"))
         args.compile = "on" if args.device == "cuda" and has_compiler and has_triton() else "off"
     # A graph would repeat the negatives that were drawn when it was recorded.
     draws = getattr(args, "num_negatives", None) or getattr(args, "memory_bank", False)
@@ -208,7 +207,7 @@ def write_atomically(path, write):
 # 2. Processes: torchrun starts one per GPU. Without torchrun there is only one --------------------
 
 TORCHRUN = "RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT".split()
-LAUNCHED = all(map(os.getenv, TORCHRUN))  # others, as SLURM, set some of them
+LAUNCHED = all(map(os.getenv, TORCHRUN))  # other programs may set only some of them
 RANK, WORLD_SIZE = (int(os.environ[x]) for x in TORCHRUN[:2]) if LAUNCHED else (0, 1)
 
 
@@ -273,8 +272,8 @@ class Dataset(NamedTuple):
 
 
 def load_data(args, device, at_least=1):
-    """The Dataset that the flags name, on the device, with `at_least` so many training images. Sets
-    args.images to its fingerprint; if that of a run is there already, it must be the same."""
+    """The Dataset that the flags name, on the device; it must have `at_least` training images. Sets
+    args.images to its fingerprint. Where that is set already, by a run, the two must be equal."""
     images, labels, *test, classes = data = from_rank_zero(read_dataset, args)
     wanted, args.images = args.images, fingerprint(data)
     fault = f"'{args.dataset}' in '{args.data}' is {args.images}, but the run's is {wanted}"
@@ -288,7 +287,7 @@ def load_data(args, device, at_least=1):
 
 
 def fingerprint(data):
-    """What args.json says of a Dataset. So a run knows its data by content, not by name."""
+    """A str for args.json, which identifies a Dataset by its content, not by its name."""
     content = hashlib.sha256(json.dumps(data.classes).encode())
     for tensor in data[:4]:
         content.update(tensor.contiguous().numpy())
@@ -324,7 +323,7 @@ def read_npz(path):
     try:
         with np.load(path) as file:
             *arrays, classes = (file[name] for name in Dataset._fields)
-        names, known = [*classes.astype(str)], {*range(len(classes))}
+        names, known = classes.astype(str).tolist(), {*range(len(classes))}
     except Exception as error:  # numpy, zipfile and zlib each fail in their own way
         require(False, f"'{path}' is damaged or not a dataset: {error}")
     tensors, size = [], arrays[0].shape[1:2]
@@ -375,7 +374,7 @@ def batches(data, epoch, args):
     index = index[: steps * batch_size].view(steps, WORLD_SIZE, share)[:, RANK]
     params = [x.unflatten(0, (steps, WORLD_SIZE, share, 2))[:, RANK] for x in params]
     params = [x.transpose(1, 2).flatten(1, 2) for x in params]
-    make_views = torch.compile(augment) if args.compile == "on" else augment  # compiles once
+    make_views = torch.compile(augment) if args.compile == "on" else augment  # compiled once
     several_groups = args.bn_splits > 1 or (WORLD_SIZE > 1 and not args.sync_bn)
     bar = dict(desc=f"epoch {epoch + 1}/{args.epochs}", total=args.epochs * steps, leave=False)
     for step in tqdm(range(steps), initial=epoch * steps, disable=RANK > 0 or None, **bar):
@@ -425,8 +424,8 @@ def draw_boxes(count, size, generator):
 def resize_matrix(start, length, size):
     """Cropping and resizing are linear along each axis. This is their matrix, [n, S, S]: row i has
     the weights of the pixels of an axis in output pixel i, if the output is to show the part from
-    `start` to `start + length` (int64 [n]). The filter is PIL's bicubic, Keys' kernel of a = -0.5,
-    wider when shrinking, normalised over the crop. (F.interpolate has one box for all images.)"""
+    `start` to `start + length` (int64 [n]). The filter is PIL's bicubic (a = -0.5), wider when
+    shrinking, normalised over the crop. (F.interpolate cannot crop each image differently.)"""
     start, end = start[:, None], (start + length)[:, None]
     step = length[:, None] / size  # [n, 1]: from one output pixel to the next, in the image
     pixel = torch.arange(size, device=start.device) + 0.5
@@ -494,7 +493,7 @@ def color_jitter(images, order, factor):
 
 
 def to_float(images):
-    """From uint8 [n, S, S, 3]."""
+    """uint8 [n, S, S, 3] -> float32 [n, 3, S, S] in 0..1."""
     return images.permute(0, 3, 1, 2).float() / 255
 
 
@@ -661,7 +660,7 @@ def dual_temperature_weight(positive, negative, t, dt_m):
 
 
 def contrastive_loss(positive, negative, args):
-    """The loss that --loss names, a scalar. infonce and eqco differ in --alpha only."""
+    """The loss that --loss names, a scalar. (infonce and eqco differ in --alpha only.)"""
     if args.loss == "dual":
         return dual_temperature(positive, negative, args.moco_t, args.dt_m)
     if args.loss == "dcl":
@@ -759,7 +758,7 @@ def build_optimizer(encoder, probe, args):
     fused = dict(fused=True) if args.device == "cuda" else {}
     optimizer = torch.optim.SGD(groups, lr=0, momentum=args.momentum, **fused)
     for group in optimizer.param_groups if fused else []:
-        group["lr"] = torch.zeros((), device="cuda")  # a CUDA graph would freeze a number
+        group["lr"] = torch.tensor(0.0, device="cuda")  # a CUDA graph would freeze a number
     return optimizer
 
 
@@ -832,7 +831,7 @@ def open_run(args):
     machine = torch.cuda.get_device_name() if args.device == "cuda" else cpu
     args.environment = f"torch {torch.__version__}, {WORLD_SIZE} x {machine}"
     path.mkdir(parents=True, exist_ok=True)
-    is_run = flags.exists() or {*os.listdir(path)} <= {".lock", "args.json.tmp"}  # was killed
+    is_run = flags.exists() or {*os.listdir(path)} <= {".lock", "args.json.tmp"}  # begun only
     require(is_run, f"--out '{path}' is neither empty nor a run; choose another")
     try:  # a lock, until this process ends
         import fcntl
@@ -842,7 +841,7 @@ def open_run(args):
     except (ImportError, OSError):  # Windows and some network file systems have no such locks
         pass
     if not flags.exists():
-        write_atomically(flags, lambda x: x.write_text(json.dumps(vars(args), indent=1) + "\n"))
+        write_atomically(flags, lambda x: x.write_text(json.dumps(vars(args), indent=1)))
     theirs, ours = read_json(flags), vars(args)
     names = [x for x in ours if x not in MACHINE_FLAGS and ours[x] != theirs.get(x)]
     differ = ", ".join(f"{name} {theirs.get(name)} (now {ours[name]})" for name in names)
@@ -852,6 +851,7 @@ def open_run(args):
     checkpoint = path / "checkpoint.pth"
     if checkpoint.exists():
         return load_checkpoint(checkpoint)
+    require(not (path / "result.json").exists(), f"'{path}' has a result, but lost its checkpoint")
 
 
 def load_checkpoint(path):
@@ -882,10 +882,10 @@ class Log:
         if RANK == 0 and start_epoch < args.epochs:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
             self.lines = self.path.read_text().splitlines() if self.path.exists() else []
-            fits = len(self.lines) > start_epoch if start_epoch > 0 else len(self.lines) < 3
-            require(fits, f"'{self.path}' and the checkpoint, of epoch {start_epoch}, do not fit")
+            fits = len(self.lines) > start_epoch if start_epoch else len(self.lines) < 3
+            require(fits, f"'{args.out}' lost lines of its log, or its checkpoint; choose another")
             del self.lines[start_epoch and start_epoch + 1 :]  # to be trained and logged again
-            threading.excepthook = lambda _: None  # TensorBoard's thread's errors are ours, too
+            threading.excepthook = lambda _: None  # TensorBoard raises its in ours, too
             self.board = SummaryWriter(args.out, purge_step=start_epoch + 1)
         self.begin_epoch()
 

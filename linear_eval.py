@@ -36,14 +36,14 @@ def arguments():
     parser.set_defaults(images=None)
     add, count = parser.add_argument, number(int, 1)
     add("run", nargs="?", metavar="RUN_DIR", help="of moco_v2.py, simmoco.py or simco.py")
-    add("--data", metavar="DIR", help="of its images; if not given: as in RUN_DIR, or data")
+    add("--data", metavar="DIR", help="where the dataset is; if not given: as in RUN_DIR, or data")
     add("--untrained", action="store_true", help="RUN_DIR's network as it was before training")
     add("--export", metavar="FILE", help="only write the backbone to this new file")
     add = parser.add_argument_group("instead of RUN_DIR").add_argument
     add("--checkpoint", metavar="FILE", help="a ResNet-18, of a run or of other code")
     add("--dataset", help="cifar10, cifar100, or NAME of a file DATA/NAME.npz")
     add("--subset", type=count, metavar="N", help="N training images, balanced by class")
-    add("--stem-padding", type=int, choices=(1, 2), help="if not given: as that code has it")
+    add("--stem-padding", type=int, choices=(1, 2), help="if not given: the file's, or a guess")
     add = parser.add_argument_group("protocol, machine and result").add_argument
     add("--cached", action="store_true", help="compute the features once, without crops")
     add("--epochs", default=100, type=count, help="passes over the training images")
@@ -52,7 +52,7 @@ def arguments():
     add("--seed", default=0, type=number(int, 0), help="of held-out images, batches and crops")
     add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: a GPU if present")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of the backbone")
-    add("--json", metavar="FILE", help="for the result; if not given: RUN_DIR/result.json")
+    add("--json", metavar="FILE", help="new, for the result; if not given: RUN_DIR/result.json")
     return parser
 
 
@@ -66,7 +66,7 @@ HEADS = ("fc", "linear", "head", "projector", "classifier")
 
 def load(args):
     """The backbone that the flags name, its epoch, and the flags, completed by the run's."""
-    require(None in (args.export, args.json), "--export has no result, so drop --json")
+    require(None in (args.export, args.json), "--export writes no result, so drop --json")
     new = args.export or args.json
     is_new = not new or (Path(new).parent.is_dir() and not Path(new).exists())
     require(is_new, f"'{new}' exists, or its directory does not; choose another file")
@@ -82,7 +82,7 @@ def load(args):
     require("stem_padding" in run, f"'{args.run}' is not a run of this project")
     args.data = args.data or run["data"]
     args.json = args.json or f"{args.run}/result.json"
-    for name in ("dataset", "subset", "stem_padding", "images"):  # no images: an earlier version
+    for name in ("dataset", "subset", "stem_padding", "images"):  # earlier versions have no images
         setattr(args, name, run.get(name))
     if args.untrained:
         return untrained(run["seed"], run["width"], args.stem_padding), 0, args
@@ -96,7 +96,7 @@ def untrained(seed, width, stem_padding):
 
 
 def read_backbone(path, stem_padding=None):
-    """The ResNet-18 in a checkpoint, and its epoch. stem_padding None: as it was trained."""
+    """The ResNet-18 in a checkpoint, and its epoch. stem_padding None: the file's, or a guess."""
     checkpoint = common.load_checkpoint(path)
     require(isinstance(checkpoint, dict), f"'{path}' has no state_dict")
     tensors = checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
@@ -111,12 +111,12 @@ def read_backbone(path, stem_padding=None):
         child = NUMBERED.get(child, child)
         if name.startswith(prefix) and child not in HEADS:
             state[f"{child}.{rest}"] = tensor
-    require(ours in (None, stem_padding or ours), f"it was trained with --stem-padding {ours}")
+    require(ours in (None, stem_padding or ours), f"'{path}' was trained with stem padding {ours}")
     stem_padding, guess = stem_padding or ours, ""
     if stem_padding is None:  # solo-learn and the DT authors pad by 2, and so do our defaults
         has_probe = prefix in ("backbone.", "encoder.") and "classifier.weight" in tensors
         stem_padding = 2 if has_probe or prefix.endswith(".backbone.") else 1
-        guess = ": a guess, see --stem-padding"
+        guess = " (a guess: see --stem-padding)"
     backbone = common.resnet18(len(state["conv1.weight"]), stem_padding)
     backbone.is_guess = guess != ""
     try:
@@ -128,9 +128,9 @@ def read_backbone(path, stem_padding=None):
 
 
 def train_linear(features_of, num_features, index, data, learning_rates, args, ignores):
-    """Train a linear classifier for each of R learning rates, all at once, as one wide nn.Linear,
-    on the training images `index`. features_of(indices, generator): float [m, num_features], of an
-    epoch. ignores: bool [number of images, R], which of them a classifier leaves out."""
+    """Train a linear classifier for each of R learning rates on the training images `index`, int64.
+    Returns all as one nn.Linear: num_features -> R * num_classes. features_of(indices, generator):
+    float [m, num_features], once an epoch. ignores: bool [number of images, R], see evaluate."""
     labels, num_classes, num_rates = data.train_labels, len(data.classes), len(learning_rates)
     heads = nn.Linear(num_features, num_rates * num_classes).to(labels.device)
     nn.init.zeros_(heads.weight)
@@ -178,7 +178,7 @@ def calibrated_losses(heads, x, labels, num_classes):
     losses = []
     for t in torch.logspace(-1, 3, 81).tolist():  # from 0.1 to 1000
         loss = F.cross_entropy(logits / t, target, reduction="none")
-        losses.append(loss.mean(dim=0).nan_to_num(1e9, 1e9))  # if it diverged
+        losses.append(loss.mean(dim=0).nan_to_num(1e9, 1e9))  # not chosen if it diverged
     return torch.stack(losses).amin(dim=0).tolist()
 
 
@@ -226,7 +226,7 @@ def main():
     backbone, epoch, args = common.from_rank_zero(load, args)
     if args.export is not None:
         state, padding = backbone.state_dict(), backbone.conv1.padding[0]
-        if not getattr(backbone, "is_guess", False):  # for read_backbone, beside PyTorch's own
+        if not getattr(backbone, "is_guess", False):  # in PyTorch's metadata, for read_backbone
             state._metadata["stem_padding"] = padding
         if common.RANK == 0:
             common.write_atomically(args.export, lambda path: torch.save(state, path))
@@ -241,7 +241,7 @@ def main():
     earlier = common.from_rank_zero(read_result, args)
     if args.untrained:
         earlier = earlier.get("untrained", {})
-    is_done = earlier | result == earlier
+    is_done = earlier | result == earlier  # the same epoch, images and protocol
     result |= earlier if is_done else evaluate(backbone, data, args)
     if common.RANK == 0:
         figures = f"linear top-1 {result['linear_top1']:.2f} %, kNN {result['knn_top1']:.2f} %"
@@ -255,12 +255,12 @@ def main():
 
 
 def read_result(args):
-    """What RUN_DIR/result.json, or --json, has already."""
+    """The earlier result, a dict; {} if there is none."""
     return common.read_json(args.json) if args.json and Path(args.json).exists() else {}
 
 
 def write_result(args, result):
-    """Add it there. What is there of the untrained network or of few labels stays."""
+    """Write a dict to RUN_DIR/result.json, or --json. Other entries stay as they are."""
     if args.json:
         text = json.dumps(read_result(args) | result, indent=1, default=float) + "\n"
         common.write_atomically(args.json, lambda path: path.write_text(text))

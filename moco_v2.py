@@ -164,7 +164,7 @@ class MemoryBank(nn.Module):
         pass  # there is no key encoder
 
     def dequeue_and_enqueue(self, keys):
-        """Store k = normalize(m * k + (1 - m) * q) for the images of the batch, instead of keys."""
+        """Store k = normalize(m * k + (1 - m) * q) of the batch. `keys` is not used."""
         self.bank.index_copy_(0, self.index, common.concat_all_gather(self.updated))
 
 

@@ -16,7 +16,8 @@ cd "$(dirname "$0")"
 
 DATA=${DATA:-data}
 RUNS=${RUNS:-} # "" stands for runs/demo, or runs
-DATA=${DATA/#\~/$HOME} RUNS=${RUNS/#\~/$HOME}
+[[ $DATA != "~/"* ]] || DATA=$HOME/${DATA:2}
+[[ $RUNS != "~/"* ]] || RUNS=$HOME/${RUNS:2}
 case "${*:-table}" in
   table) ;;
   demo)
@@ -68,7 +69,7 @@ for seed in $SEEDS; do
       fi
       echo "cell $cell of $total$left: $out"
       if [ -e "$out/result.json" ] && [ ! -e "$out/checkpoint.pth" ]; then
-        echo "it is evaluated, and its checkpoint is gone: its flags are not compared with yours"
+        echo "skipped: it has a result but no checkpoint, so its flags were not compared"
         continue
       fi
       before=$(cat "$out/result.json" 2>/dev/null || true)

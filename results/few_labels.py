@@ -64,16 +64,17 @@ def main():
     for count in args.labels_per_class:
         enough = count == "all" or int(count) <= fewest
         common.require(enough, f"{count} labels: there is a class of {fewest} training images")
-    top1 = {}
+    protocol = {name: getattr(args, name) for name in linear_eval.PROTOCOL}
+    same, top1 = dict(epoch=epoch, images=args.images, protocol=protocol), {}
     for name, network in dict(trained=backbone, untrained=start).items():
         network.to(device, memory_format=torch.channels_last).requires_grad_(False)
         top1[name] = few_labels(network, data, args.labels_per_class, args)
     if common.RANK == 0:
         try:
             few = linear_eval.read_result(args).get("labels_per_class", {})
-            if few.get("epoch") == epoch:  # what there is of other counts stays
+            if few | same == few:  # then what there is of other counts stays
                 top1 = {name: few[name] | top1[name] for name in top1}
-            linear_eval.write_result(args, dict(labels_per_class=dict(epoch=epoch, **top1)))
+            linear_eval.write_result(args, dict(labels_per_class=same | top1))
         finally:  # even if it cannot be written
             print("labels per class        trained      untrained")
             for count, trained in top1["trained"].items():

@@ -11,6 +11,7 @@ one class: only the probe and the evaluation use the classes. The .npz file has 
 train_images (uint8 [N, S, S, 3]), train_labels (integers [N]), test_images, test_labels, classes.
 """
 import argparse
+import hashlib
 import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -28,11 +29,11 @@ import common  # noqa: E402
 
 def to_rgb(image):
     """A PIL image, upright and in mode RGB."""
-    # Gray of up to 16 bits. PIL has it in 32 if it is a PGM and, in some versions, if it is a PNG.
+    # PIL opens 16-bit gray in mode I;16, but PGM, and in some versions PNG, in mode I (32 bits).
     is_16_bit = image.mode == "I" and image.format in ("PNG", "PPM")
     is_16_bit = is_16_bit or image.mode.startswith("I;16")
     if image.mode in ("I", "F") and not is_16_bit:
-        raise ValueError("its pixels have 32 bits; save it with 8 or 16")
+        raise ValueError("its pixels have 32 bits, or a sign; save them with 8 or 16 bits")
     tags = getattr(image, "tag_v2", {})  # of a TIFF: 258, how many bits; 262, whether 0 is white
     image = ImageOps.exif_transpose(image)
     if is_16_bit:
@@ -63,6 +64,10 @@ def read_image(size, path):
     return np.asarray(image)
 
 
+def digest(image):
+    return hashlib.sha256(image.tobytes()).digest()
+
+
 def read_split(folder, size):
     """The images, labels and classes of a directory of directories. Prints what was found."""
     common.require(folder.is_dir(), f"there is no directory '{folder}'")
@@ -80,7 +85,7 @@ def read_split(folder, size):
                 continue
             file = path.stat().st_dev, path.stat().st_ino
             if file in seen:
-                left_out["linked twice"].append(path)
+                left_out["the same file as another"].append(path)
             else:
                 seen.add(file)
                 images.append(image)
@@ -88,7 +93,7 @@ def read_split(folder, size):
         fault = f"'{directory}' has no images, or only ones that other classes have"
         common.require(label in labels[-1:], fault)
     print(f"{folder}: {len(images)} images in {len(known)} classes")
-    copies = len(images) - len({image.tobytes() for image in images})
+    copies = len(images) - len(set(map(digest, images)))
     if copies > 0:
         print(f"  kept, though the same as another image: {copies}")
     for reason, paths in left_out.items():
@@ -103,8 +108,8 @@ def read_folder(root, size):
     *test, test_classes = read_split(Path(root, "test"), size)
     odd = ", ".join(sorted({*train_classes} ^ {*test_classes}))
     common.require(not odd, f"'{root}': only one of train and test has the class {odd}")
-    known = {image.tobytes() for image in train[0]}
-    again = sum(image.tobytes() in known for image in test[0])
+    known = set(map(digest, train[0]))
+    again = sum(digest(image) in known for image in test[0])
     if again > 0:
         print(f"{again} of the test images are training images, too: no fair test")
     return dict(zip(common.Dataset._fields, (*train, *test, train_classes)))

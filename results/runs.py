@@ -11,7 +11,7 @@ import argparse
 import re
 from collections import defaultdict
 
-from table import changed_flags, common, evaluated_runs, in_words, read_log
+from table import changed_flags, common, evaluated_runs, in_words, protocol, read_log
 
 RATE = 0.3
 STATISTICS = "probe_top1 knn_top1 effective_rank".split()
@@ -21,12 +21,14 @@ def read(run, run_args, figures):
     """What result.json and the last line of log.jsonl say; `at_rate`, the accuracy at RATE; of the
     training, its precision and the minutes that it took."""
     log = read_log(run)
-    figures = {**vars(run_args), **figures, **log.get(run_args.epochs, {})}
+    figures = {**vars(run_args), **log.get(run_args.epochs, {}), **figures}
     figures["flags"] = f"batch {run_args.batch_size}, {changed_flags(run_args)}"
     figures["minutes"] = round(sum(entry.get("seconds", 0) for entry in log.values()) / 60)
     at_rate = run / f"result-lr-{RATE}.json"
     other = common.read_json(at_rate) if at_rate.exists() else figures
     fits = all(other.get(name) == figures.get(name) for name in ("epoch", "images"))
+    ours, theirs = protocol(figures), protocol(other)
+    fits = fits and ours | dict(lrs=None) == theirs | dict(lrs=None)
     figures["at_rate"] = other["linear_top1"] if fits and other["linear_lr"] == RATE else None
     return figures
 

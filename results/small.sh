@@ -8,6 +8,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 SEEDS=${SEEDS:-0 1} DATA=${DATA:-data} RUNS=${RUNS:-runs/small}
+[[ $DATA != "~/"* ]] || DATA=$HOME/${DATA:2}
+[[ $RUNS != "~/"* ]] || RUNS=$HOME/${RUNS:2}
 
 # A run is done if it was evaluated after its last epoch. If its checkpoint is still there, the scripts
 # are started nevertheless: they compare the flags, and leave alone what is finished.
@@ -24,7 +26,7 @@ small() {
   name=${name// --/-}
   out=$RUNS/${name// /-}-seed$seed
   if is_done "$out" && [ ! -e "$out/checkpoint.pth" ]; then
-    echo "$out: done, and its checkpoint is gone, so its flags are not compared"
+    echo "$out: skipped; it has a result but no checkpoint, so its flags were not compared"
     return
   fi
   python3 "$method.py" --dataset cifar100 --data "$DATA" --subset 10000 --width 16 --epochs 15 \

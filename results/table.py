@@ -9,6 +9,7 @@ are means over seeds. Runs that are left out, or in part, are named below the ta
 import argparse
 import json
 import os
+import re
 import statistics
 import sys
 from argparse import Namespace
@@ -60,7 +61,9 @@ def changed_flags(run_args):
     for name, value in vars(run_args).items():
         if name in recipe and name not in IGNORED and value != recipe[name]:
             words.append(f"{name.replace('_', '-')} {value}".removesuffix(" True"))
-    return ", ".join([*words, *filter(None, [getattr(run_args, "which_images", None)])])
+    if getattr(run_args, "which_images", None):
+        words.append(run_args.which_images)
+    return ", ".join(words)
 
 
 def in_words(values):
@@ -74,7 +77,7 @@ def in_words(values):
 
 
 def read_log(run):
-    """The lines of log.jsonl, {epoch: dict}. One that was cut short ends the log."""
+    """The lines of log.jsonl, {epoch: dict}, without those that were cut short."""
     path, entries = Path(run, "log.jsonl"), {}
     text = path.read_text(errors="replace") if path.exists() else ""
     for line in text.splitlines():
@@ -82,7 +85,7 @@ def read_log(run):
             entry = json.loads(line)
             entries[entry["epoch"]] = entry
         except (ValueError, LookupError, TypeError):
-            break
+            continue
     return entries
 
 
@@ -109,7 +112,7 @@ def evaluated_runs(root):
             notes.append(f"Not shown: {path}, without args.json.")
             continue
         run_args, log = read_args(run), read_log(run)
-        # Evaluated by an earlier version, or by --json, on other images than the run's?
+        # An earlier version's args.json has no images; its result may.
         run_args.images = run_args.images or result.get("images")
         key = (run_args.method, run_args.batch_size, run_args.seed, changed_flags(run_args))
         twins = first[key] if "linear_top1" in result else {}
@@ -118,22 +121,31 @@ def evaluated_runs(root):
         elif "epoch" in result and result["epoch"] != run_args.epochs:
             notes.append(f"Not shown: {run}, evaluated after epoch {result['epoch']}.")
         elif run_args.images in twins or None in twins or (twins and run_args.images is None):
-            notes.append(f"Not shown: {run}, of the same flags and seed as {[*twins.values()][0]}.")
+            twin = [*twins.values()][0]
+            notes.append(f"Not shown: {run}, of the same flags and seed as {twin}, any precision.")
         else:
             twins[run_args.images] = run
             if len(log) <= run_args.epochs:
                 last = max(log, default=0)
                 notes.append(f"Log with gaps: {run}, {len(log)} lines, the last of epoch {last}.")
+            processes = re.search(r"(\d+) x ", getattr(run_args, "environment", "1 x "))
+            result["processes"] = processes and processes[1]
             runs.append((run, run_args, {**log.get(run_args.epochs, {}), **result}))
             images[run_args.dataset].add(run_args.images)
-    for run, run_args, _ in runs:  # a name, but several datasets?
+    name_datasets(runs, images, notes)
+    return runs, notes
+
+
+def name_datasets(runs, images, notes):
+    """Give the flags of each run an attribute which_images: a str where there are several datasets
+    of its name, None elsewhere. images: {name: set of fingerprints}. Adds to the notes."""
+    for run, run_args, _ in runs:
         known = images[run_args.dataset] - {None}
         run_args.which_images = None
         if len(known) > 1:
             run_args.which_images = f"images: {run_args.images or 'unknown'}"
         elif known and run_args.images is None:
             notes.append(f"Perhaps of other images than the rest: {run}, of an earlier version.")
-    return runs, notes
 
 
 def finished_runs(root):
@@ -174,6 +186,8 @@ def table(root):
         figures[flags, method, size] = [in_words([row.get(name) for row in rows]) for name in names]
         if len({str(protocol(row)) for row in rows}) > 1:
             notes.append(f"Evaluated by several protocols: {method}, batch {size}, {flags}.")
+        if len({row.get("processes") for row in rows}) > 1:  # BatchNorm is per process
+            notes.append(f"On several numbers of processes: {method}, batch {size}, {flags}.")
 
     def cells(flags, method):
         return [" / ".join(figures.pop((flags, method, size), ["–"])) for size in BATCH_SIZES]

@@ -11,6 +11,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export DATA=${DATA:-data} RUNS=${RUNS:-runs/longer} OMP_NUM_THREADS=1
+[[ $DATA != "~/"* ]] || DATA=$HOME/${DATA:2}
+[[ $RUNS != "~/"* ]] || RUNS=$HOME/${RUNS:2}
 
 # A run a line: seed, method, its own flags. First the table; batch size 256 is the default.
 runs=$(

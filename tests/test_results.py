@@ -168,6 +168,9 @@ def test_few_labels(tiny_run, run_script, fails_plainly, capsys, monkeypatch):
         assert len({tuple(sorted(index)) for index, _, _ in calls[1:6]}) == 5
         assert all(sorted(index) == list(range(64)) for index, _, _ in calls[6:])
         assert len(calls) == 11 and [len(few[network][x]) for x in ("2", "all")] == [5, 5]
+    for flags, kept in (([], ["1", "2", "all"]), (["--seed", "1"], ["1"])):  # as comparable
+        assert run_script(few_labels, out, *QUICK, "--labels-per-class", 1, *flags) == 0
+        assert sorted(read(out / "result.json")["labels_per_class"]["trained"]) == kept
     words = [table.in_words(few[network]["2"]) for network in ("trained", "untrained")]
     assert ["2", *" ".join(words).split()] in [line.split() for line in lines]
     for count, message in ((7, "there is a class of 6"), (0, "not from 1"), ("some", "invalid")):
