@@ -6,7 +6,6 @@ import shutil
 import struct
 import subprocess
 import sys
-from unittest import mock
 
 import numpy as np
 import prepare
@@ -15,6 +14,7 @@ import table
 import torch
 from conftest import DATA, ROOT, TINY
 from PIL import Image
+from test_runs import start
 
 import common
 import linear_eval
@@ -269,13 +269,20 @@ def test_home_directory_and_paths_with_spaces(run_script, monkeypatch, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["my runs"]
 
 
-def test_tensorboard_that_cannot_write(fails_plainly, monkeypatch, tmp_path):
+FULL = """
+from tensorboard.summary.writer.record_writer import RecordWriter
+from unittest import mock
+full = OSError(28, "No space left on device")
+RecordWriter.write = mock.Mock(side_effect=[None, None, full, *[None] * 99])
+"""
+
+
+def test_tensorboard_that_cannot_write(tmp_path):
     """It writes in a thread, whose error is raised in ours, too, and must be said only once."""
-    full = [None, None, OSError(28, "No space left on device"), *[None] * 99]
-    writer = "tensorboard.summary.writer.record_writer.RecordWriter.write"
-    monkeypatch.setattr(writer, mock.Mock(side_effect=full))
-    error = fails_plainly(simco, *TINY, "--out", tmp_path / "run")
-    assert f"TensorBoard's events to '{tmp_path}/run'" in error and "No space" in error
+    process = start(FULL, "simco.py", *TINY, "--out", tmp_path)
+    error = process.communicate()[1]
+    assert process.returncode == 2 and error.count("\n") == 1
+    assert f"TensorBoard's events to '{tmp_path}'" in error and "No space" in error
 
 
 def image_of(folder, run_script, size=4):
