@@ -33,6 +33,7 @@ def test_npz_and_cifar_are_read(arrays, tmp_path, monkeypatch):
     def cifar(root, train, download):
         assert root == str(tmp_path) and download
         images, labels = list(arrays.values())[:2] if train else list(arrays.values())[2:4]
+        images = images.transpose(0, 3, 1, 2).copy().transpose(0, 2, 3, 1)  # as torchvision's are
         return SimpleNamespace(data=images, targets=labels.tolist(), classes=["a", "b"])
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", cifar)
