@@ -39,7 +39,7 @@ from tqdm import tqdm
 # Where a run is computed, not what: these flags may change when it resumes or is repeated.
 MACHINE_FLAGS = ("data", "out", "device", "compile", "cuda_graph", "environment")
 NO_FLAGS = (*MACHINE_FLAGS, "images", "changed")  # in args.json, but not for --config to repeat
-RETIRED = dict(probe="query", image_size=32, deterministic=False)  # removed flags, now fixed
+RETIRED = dict(probe="query", image_size=32, deterministic=False)  # removed flags, fixed at this
 SECONDS_BETWEEN_CHECKPOINTS = 60  # at least
 
 
@@ -115,7 +115,7 @@ def setup(args):
     share, rest = divmod(args.batch_size, WORLD_SIZE)
     require(rest == 0, f"--batch-size must be a multiple of {WORLD_SIZE}, the number of processes")
     fits = share % args.bn_splits == 0 and share > args.bn_splits
-    require(fits, f"BatchNorm needs groups of 2 or more, of {share} images; see --bn-splits")
+    require(fits, f"BatchNorm needs groups of two or more of {share} images; see --bn-splits")
     can_sync = args.bn_splits == 1 and (WORLD_SIZE == 1 or args.device == "cuda")
     require(can_sync or not args.sync_bn, "--sync-bn needs GPUs, and no --bn-splits")
     require((args.loss == "eqco") == (args.alpha is not None), "--alpha goes with --loss eqco")
@@ -276,7 +276,7 @@ def load_data(args, device, at_least=1):
     args.images to its fingerprint. Where that is set already, by a run, the two must be equal."""
     images, labels, *test, classes = data = from_rank_zero(read_dataset, args)
     wanted, args.images = args.images, fingerprint(data)
-    fault = f"'{args.dataset}' in '{args.data}' is {args.images}, but the run's is {wanted}"
+    fault = f"'{args.dataset}' in '{args.data}' is {args.images}, but the run's was {wanted}"
     require(wanted in (None, args.images), fault)
     size = args.subset or len(images)
     require(size <= len(images), f"--subset {size}: '{args.dataset}' has {len(images)} images")
@@ -323,7 +323,7 @@ def read_npz(path):
     try:
         with np.load(path) as file:
             *arrays, classes = (file[name] for name in Dataset._fields)
-        names, known = classes.astype(str).tolist(), {*range(len(classes))}
+        names, known = classes.astype(str).tolist(), set(range(len(classes)))
     except Exception as error:  # numpy, zipfile and zlib each fail in their own way
         require(False, f"'{path}' is damaged or not a dataset: {error}")
     tensors, size = [], arrays[0].shape[1:2]
@@ -699,7 +699,7 @@ def extract_features(backbone, images, args, crops=None):
     chunks = torch.arange(len(images), device=images.device).split(1000)
     for chunk in chunks[RANK :: WORLD_SIZE]:
         views = to_float(images[chunk])
-        if crops is not None:
+        if crops:
             views = crop_resize_flip(views, *(x[chunk] for x in crops))
         with autocast(args):
             features[chunk] = backbone(normalize(views)).float()
@@ -727,8 +727,8 @@ def effective_rank(features):
     """RankMe (Garrido et al., arXiv 2210.02885): e^H, where H is the entropy of the singular values
     of features [n, D], scaled to sum to 1. From 1 (all rows are parallel) to D."""
     gram = features.double().T @ features.double()  # DxD: an SVD of the features is slower
-    singular_values = torch.linalg.eigvalsh(gram.cpu()).clamp(0).sqrt()
-    p = singular_values / singular_values.sum().clamp(1e-9) + 1e-7  # neither 0 / 0 nor log 0
+    singular_values = torch.linalg.eigvalsh(gram.cpu()).clamp(min=0).sqrt()
+    p = singular_values / singular_values.sum().clamp(min=1e-9) + 1e-7  # neither 0 / 0 nor log 0
     return (-p * p.log()).sum().exp().item()
 
 
@@ -791,7 +791,7 @@ class CUDAGraph:
         self.calls += 1
         if self.calls == 4:
             self.record(batch)
-        if self.graph is None:
+        if not self.graph:
             return self.step(batch)
         for mine, new in zip(self.batch, batch):
             if torch.is_tensor(new):
@@ -831,7 +831,7 @@ def open_run(args):
     machine = torch.cuda.get_device_name() if args.device == "cuda" else cpu
     args.environment = f"torch {torch.__version__}, {WORLD_SIZE} x {machine}"
     path.mkdir(parents=True, exist_ok=True)
-    is_run = flags.exists() or {*os.listdir(path)} <= {".lock", "args.json.tmp"}  # begun only
+    is_run = flags.exists() or {*os.listdir(path)} <= {".lock", "args.json.tmp"}  # just begun
     require(is_run, f"--out '{path}' is neither empty nor a run; choose another")
     try:  # a lock, until this process ends
         import fcntl
@@ -885,7 +885,7 @@ class Log:
             fits = len(self.lines) > start_epoch if start_epoch else len(self.lines) < 3
             require(fits, f"'{args.out}' lost lines of its log, or its checkpoint; choose another")
             del self.lines[start_epoch and start_epoch + 1 :]  # to be trained and logged again
-            threading.excepthook = lambda _: None  # TensorBoard raises its in ours, too
+            threading.excepthook = lambda _: None  # TensorBoard raises in ours, too
             self.board = SummaryWriter(args.out, purge_step=start_epoch + 1)
         self.begin_epoch()
 

@@ -7,7 +7,7 @@
 A folder is my_images/train/CLASS/IMAGE and my_images/test/CLASS/IMAGE. The images are resized and
 cropped to squares; 16-bit ones are scaled to 8 bits, what is transparent becomes white, and of an
 animation the first frame is taken. What is left out is printed. Without labels, put all images into
-one class: only the probe and the evaluation use the classes. The .npz file has the arrays
+one class; then no accuracy is reported. The .npz file has the arrays
 train_images (uint8 [N, S, S, 3]), train_labels (integers [N]), test_images, test_labels, classes.
 """
 import argparse
@@ -33,7 +33,7 @@ def to_rgb(image):
     is_16_bit = image.mode == "I" and image.format in ("PNG", "PPM")
     is_16_bit = is_16_bit or image.mode.startswith("I;16")
     if image.mode in ("I", "F") and not is_16_bit:
-        raise ValueError("its pixels have 32 bits, or a sign; save them with 8 or 16 bits")
+        raise ValueError("its pixels have 32 bits or a sign; save it as unsigned 8 or 16 bits")
     tags = getattr(image, "tag_v2", {})  # of a TIFF: 258, how many bits; 262, whether 0 is white
     image = ImageOps.exif_transpose(image)
     if is_16_bit:
@@ -90,12 +90,12 @@ def read_split(folder, size):
                 seen.add(file)
                 images.append(image)
                 labels.append(label)
-        fault = f"'{directory}' has no images, or only ones that other classes have"
+        fault = f"'{directory}' has no images but those of other classes"
         common.require(label in labels[-1:], fault)
     print(f"{folder}: {len(images)} images in {len(known)} classes")
     copies = len(images) - len(set(map(digest, images)))
     if copies > 0:
-        print(f"  kept, though the same as another image: {copies}")
+        print(f"  kept, although equal to another image: {copies}")
     for reason, paths in left_out.items():
         if paths:
             some = ", ".join(str(path.relative_to(folder)) for path in paths[:3])
@@ -111,7 +111,7 @@ def read_folder(root, size):
     known = set(map(digest, train[0]))
     again = sum(digest(image) in known for image in test[0])
     if again > 0:
-        print(f"{again} of the test images are training images, too: no fair test")
+        print(f"{again} of the test images are also training images, so the test is not fair")
     return dict(zip(common.Dataset._fields, (*train, *test, train_classes)))
 
 

@@ -114,6 +114,7 @@ def evaluated_runs(root):
         run_args, log = read_args(run), read_log(run)
         # An earlier version's args.json has no images; its result may.
         run_args.images = run_args.images or result.get("images")
+        # A run counts once, whatever its precision. Unknown images may be any.
         key = (run_args.method, run_args.batch_size, run_args.seed, changed_flags(run_args))
         twins = first[key] if "linear_top1" in result else {}
         if result.get("images") not in (None, run_args.images):
@@ -122,7 +123,7 @@ def evaluated_runs(root):
             notes.append(f"Not shown: {run}, evaluated after epoch {result['epoch']}.")
         elif run_args.images in twins or None in twins or (twins and run_args.images is None):
             twin = [*twins.values()][0]
-            notes.append(f"Not shown: {run}, of the same flags and seed as {twin}, any precision.")
+            notes.append(f"Not shown: {run}, of the same flags and seed as {twin}.")
         else:
             twins[run_args.images] = run
             if len(log) <= run_args.epochs:
@@ -145,7 +146,7 @@ def name_datasets(runs, images, notes):
         if len(known) > 1:
             run_args.which_images = f"images: {run_args.images or 'unknown'}"
         elif known and run_args.images is None:
-            notes.append(f"Perhaps of other images than the rest: {run}, of an earlier version.")
+            notes.append(f"Perhaps trained on other images: {run}, of an earlier version.")
 
 
 def finished_runs(root):

@@ -43,7 +43,7 @@ mine/train: 4 images in 2 classes
   left out, not a file: 1 (cat/more)
   left out, not an image: 1 (cat/notes.txt)
 mine/test: 2 images in 2 classes
-2 of the test images are training images, too: no fair test
+2 of the test images are also training images, so the test is not fair
 data/mine.npz: train with --dataset mine --data data
 """.splitlines()
 

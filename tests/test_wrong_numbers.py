@@ -193,7 +193,7 @@ def test_only_runs_that_are_shown_hide_their_copies(tiny_run, run_script, tmp_pa
     config = read(old / "args.json")
     (old / "args.json").write_text(json.dumps(config | dict(seed=1)))
     assert run_script(table, tmp_path) == 0
-    assert "Perhaps of other images than the rest: " in capsys.readouterr().out
+    assert "Perhaps trained on other images: " in capsys.readouterr().out
 
 
 def test_our_files_know_their_stem_padding(tiny_run, run_script, fails_plainly, tmp_path, capsys):
@@ -335,7 +335,7 @@ def test_images_that_cannot_be_read_and_links(tmp_path, run_script, fails_plainl
     printed = capsys.readouterr().out
     for words in ("train: 1 images in 1 classes", "not a file: 2 (cat/d.png, cat/loop)"):
         assert words in printed
-    for words in ("same file as another: 2 (cat/b.png, cat/c.png)", "training images, too"):
+    for words in ("same file as another: 2 (cat/b.png, cat/c.png)", "also training images"):
         assert words in printed
     Image.fromarray(np.zeros((4, 4), np.float32)).save(cats / "c.tif")
     error = fails_plainly(prepare, "folder", tmp_path / "x", "--out", tmp_path / "y.npz")
