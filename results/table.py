@@ -140,13 +140,17 @@ def evaluated_runs(root):
 def name_datasets(runs, images, notes):
     """Give the flags of each run an attribute which_images: a str where there are several datasets
     of its name, None elsewhere. images: {name: set of fingerprints}. Adds to the notes."""
+    unknown = []
     for run, run_args, _ in runs:
         known = images[run_args.dataset] - {None}
         run_args.which_images = None
         if len(known) > 1:
             run_args.which_images = f"images: {run_args.images or 'unknown'}"
         elif known and run_args.images is None:
-            notes.append(f"Perhaps trained on other images: {run}, of an earlier version.")
+            unknown.append(run)
+    if unknown:
+        text = f"{len(unknown)} of an earlier version, such as {unknown[0].name}"
+        notes.append(f"Perhaps trained on other images: {text}.")
 
 
 def finished_runs(root):
