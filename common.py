@@ -1,21 +1,20 @@
-"""What the three scripts share, in the order in which the data flows: flags and errors, processes,
-datasets, augmentation, network, losses, evaluation while training, optimizer, checkpoint and log.
+"""What the three scripts share, in the order in which the data flows.
 
 Papers: MoCo (arXiv 1911.05722), MoCo v2 (2003.04297), EqCo (2010.01929), DCL (2110.06848), and DT
 (2203.17248), "dual temperature", the paper of SimMoCo and SimCo. Shapes: N images per step and
-process, M per step in all processes, SxS pixels, D features, C dimensions of a query or key, K
-negatives per query; n: any number of images.
+process, M in all, SxS pixels, D features, C dimensions of a query, K negatives; n: any number.
 """
 import argparse
 import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import threading
 import time
+import warnings
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -40,6 +39,7 @@ from tqdm import tqdm
 MACHINE_FLAGS = ("data", "out", "device", "compile", "cuda_graph", "environment")
 NO_FLAGS = (*MACHINE_FLAGS, "images", "changed")  # in args.json, but not for --config to repeat
 RETIRED = dict(probe="query", image_size=32, deterministic=False)  # removed flags, fixed at this
+PRECISIONS = dict(auto=None, bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
 SECONDS_BETWEEN_CHECKPOINTS = 60  # at least
 
 
@@ -81,13 +81,13 @@ def argument_parser(method, loss):
     add("--bn-splits", default=1, type=count, metavar="G", help="BatchNorm over G groups")
     add("--sync-bn", action="store_true", help="BatchNorm over the images of all processes")
     add("--moco-dim", default=128, type=count, help="dimensions of queries and keys")
-    add("--loss", default=loss, choices=("infonce", "eqco", "dcl", "dual"), help="see README")
+    add("--loss", default=loss, choices="infonce eqco dcl dual".split(), help="see README")
     add("--moco-t", default=0.1, type=number(float, 0.02), help="temperature of the softmax")
     add("--alpha", type=positive, help="of --loss eqco: K negatives count as ALPHA")
     add("--dt-m", default=10.0, type=positive, help="of --loss dual: T_beta / T_alpha")
     add = parser.add_argument_group("machine and log").add_argument
     add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: a GPU if present")
-    add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of the encoders")
+    add("--precision", default="auto", choices=PRECISIONS, help="auto: bf16 or fp16, if fast")
     add("--compile", default="auto", choices=("auto", "on", "off"), help="auto: on a GPU")
     add("--cuda-graph", default="auto", choices=("auto", "off"), help="auto: where it is possible")
     add("--out", metavar="DIR", help=f"of the run; if not given: runs/{method}-...")
@@ -125,8 +125,9 @@ def setup(args):
     if args.compile == "auto":  # Triton, which writes the kernels, needs a C compiler
         has_compiler = shutil.which(os.getenv("CC", "gcc"))
         args.compile = "on" if args.device == "cuda" and has_compiler and has_triton() else "off"
-    # A graph would repeat the negatives that were drawn when it was recorded.
-    draws = getattr(args, "num_negatives", None) or getattr(args, "memory_bank", False)
+    drawn = getattr(args, "num_negatives", None) or 0  # per query; 0: all others are negatives
+    require(drawn < args.batch_size, f"--num-negatives must be less than {args.batch_size}")
+    draws = drawn or getattr(args, "memory_bank", False)  # a graph would repeat what was drawn
     can_record = args.device == "cuda" and WORLD_SIZE == 1 and not draws
     args.cuda_graph = "on" if can_record and args.cuda_graph == "auto" else "off"
     if args.cuda_graph == "on":
@@ -142,22 +143,27 @@ def init_device(args):
     require(has_gpu or args.device == "cpu", "PyTorch sees no CUDA GPU; use --device cpu")
     if WORLD_SIZE > 1:
         if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            gpu = int(os.environ["LOCAL_RANK"])
+            require(gpu < torch.cuda.device_count(), f"there is no GPU for LOCAL_RANK {gpu}")
+            torch.cuda.set_device(gpu)
         print(f"RANK {RANK} of WORLD_SIZE {WORLD_SIZE} waits for the others", flush=True)
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     if args.precision == "auto":  # bf16 where it is fast: on GPUs since Ampere, on some CPUs
         has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # not in every PyTorch
         if args.device == "cuda":
             has_bf16 = torch.cuda.get_device_capability()[0] >= 8
-        args.precision = "bf16" if has_bf16 else "fp32"
+        args.precision = "bf16" if has_bf16 else "fp16" if args.device == "cuda" else "fp32"
+    require(args.precision != "fp16" or args.device == "cuda", "--precision fp16 needs a GPU")
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     torch.backends.cudnn.benchmark = True  # choose the fastest convolutions by trying
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # for similarities, too coarse
     return torch.device(args.device)
 
 
 def autocast(args):
     """Mixed precision for the encoders. Weights, similarities and losses stay in float32."""
-    return torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16")
+    dtype = PRECISIONS[args.precision]
+    return torch.autocast(args.device, dtype, enabled=dtype != torch.float32)
 
 
 def require(condition, message):
@@ -171,8 +177,8 @@ def require(condition, message):
 def launch(main, if_interrupted=""):
     """Run a script. A file that cannot be read or written is a mistake that the user can fix."""
     getattr(sys.stdout, "reconfigure", dict)(errors="replace")  # of what a terminal cannot show
-    home = os.path.expanduser("~/")  # which the shell does not expand in --out=~/run
-    sys.argv = [x.replace("~/", home, 1) if re.match("(--.*=)?~/", x) else x for x in sys.argv]
+    home = os.path.expanduser("~/")  # the shell leaves it to us in --out=~/run
+    sys.argv = [os.path.expanduser(x).replace("=~/", f"={home}", 1) for x in sys.argv]
     try:
         main()
     except OSError as error:
@@ -224,16 +230,18 @@ def all_reduce_sum(tensor):
 
 def from_rank_zero(function, *arguments):
     """What the function returns in process 0, for all. So machines need no shared file system."""
+    if WORLD_SIZE == 1:
+        return function(*arguments)
+    # NCCL would send it through the GPUs, and give up after ten minutes, in a download say.
+    patient = dist.new_group(backend="gloo", timeout=timedelta(hours=9))
     result = [function(*arguments) if RANK == 0 else None]
-    if WORLD_SIZE > 1:
-        dist.broadcast_object_list(result)
+    dist.broadcast_object_list(result, group=patient)
     return result[0]
 
 
 def encode_shuffled(encoder, views, permutation):
     """Shuffling BN (MoCo, section 3.3): the keys of views [N, 3, S, S], encoded with the global
-    batch permuted (int64 [M], or None). So BatchNorm does not normalise a key with the neighbours
-    of its query, by which the network could recognise it."""
+    batch permuted (int64 [M] or None): else its BatchNorm group would betray the positive."""
     if permutation is None:
         return encoder(views)[0]
     share = permutation.chunk(WORLD_SIZE)[RANK]
@@ -243,8 +251,7 @@ def encode_shuffled(encoder, views, permutation):
 
 
 def parallelize(model, args):
-    """The model to call in the training step. DDP need not broadcast the buffers: the queue is the
-    same everywhere, and average_batchnorm takes care of the BatchNorm statistics."""
+    """The model to call in the training step. For its buffers, see average_batchnorm."""
     if args.compile == "on":
         model.compile()
     if WORLD_SIZE == 1:
@@ -323,12 +330,13 @@ def read_npz(path):
     try:
         with np.load(path) as file:
             *arrays, classes = (file[name] for name in Dataset._fields)
-        names, known = classes.astype(str).tolist(), set(range(len(classes)))
+        names = [*map(str, classes.astype(str))]
     except Exception as error:  # numpy, zipfile and zlib each fail in their own way
         require(False, f"'{path}' is damaged or not a dataset: {error}")
     tensors, size = [], arrays[0].shape[1:2]
     for images, labels in (arrays[:2], arrays[2:]):
-        kind, shape, odd = images.dtype, images.shape, {*labels.ravel().tolist()} - known
+        kind, shape = images.dtype, images.shape
+        odd = {*labels.ravel().tolist()} - {*range(len(names))}
         fits = kind == "uint8" and shape[1:] == (*size, *size, 3) and images.size > 0
         require(fits, f"'{path}': images must be uint8 [N > 0, S, S, 3], not {kind} {list(shape)}")
         fault = f"'{path}': labels must be {shape[0]} integers from 0 to {len(names) - 1}, not"
@@ -361,9 +369,8 @@ class Batch(NamedTuple):  # a process's share, N images, of the global batch of 
 
 
 def batches(data, epoch, args):
-    """Yield the Batches of an epoch (0-based), without the last, incomplete one. All that is random
-    is drawn for the global batch, by a generator whose seed is (seed, epoch) or (seed, epoch,
-    step). So a run is the same on any number of processes, and after a restart."""
+    """Yield the full Batches of an epoch (from 0). What is random is drawn for the global batch, by
+    seed, epoch and step. So it is the same on any number of processes, and after a restart."""
     num_images, image_size = data.train_images.shape[:2]
     device, batch_size = data.train_images.device, args.batch_size
     steps, share = num_images // batch_size, batch_size // WORLD_SIZE
@@ -423,9 +430,8 @@ def draw_boxes(count, size, generator):
 
 def resize_matrix(start, length, size):
     """Cropping and resizing are linear along each axis. This is their matrix, [n, S, S]: row i has
-    the weights of the pixels of an axis in output pixel i, if the output is to show the part from
-    `start` to `start + length` (int64 [n]). The filter is PIL's bicubic (a = -0.5), wider when
-    shrinking, normalised over the crop. (F.interpolate cannot crop each image differently.)"""
+    the weights of an axis's pixels in output pixel i, if the output shows the part from `start` to
+    `start + length`, int64 [n]. The filter is PIL's bicubic (a = -0.5), wider when shrinking."""
     start, end = start[:, None], (start + length)[:, None]
     step = length[:, None] / size  # [n, 1]: from one output pixel to the next, in the image
     pixel = torch.arange(size, device=start.device) + 0.5
@@ -477,13 +483,12 @@ def adjust_hue(images, shift):
 
 
 def color_jitter(images, order, factor):
-    """torchvision's ColorJitter. An image has its hue step, which is costly, at any of four places.
-    So there is one for all, between two rounds of three blends: those that an image has before its
-    hue step are done in the first round, the others in the second. Factor 1 changes nothing."""
+    """torchvision's ColorJitter. The hue step is costly, and an image has it at any of four places.
+    So all have it at once, between two rounds of blends: those before it, and those after it."""
     hue_place = (order == HUE).int().argmax(dim=1)
     factor_at = factor.gather(1, order)  # [n, 4], by place
     for place in (0, 1, 2):
-        before = torch.where(place < hue_place, factor_at[:, place], 1.0)
+        before = torch.where(place < hue_place, factor_at[:, place], 1.0)  # 1: changes nothing
         images = blend(images, order[:, place], before)
     images = adjust_hue(images, factor[:, HUE])
     for place in (1, 2, 3):
@@ -546,7 +551,6 @@ def resnet18(width=64, stem_padding=2, norm_layer=nn.BatchNorm2d):
 class Encoder(nn.Module):
     """Images [N, 3, S, S] -> queries or keys [N, C], of length 1, and the features [N, D] behind
     them, for the probe. The head is MoCo v2's, with the DT authors' 128 hidden units."""
-
     def __init__(self, args):
         super().__init__()
         norm1d, norm2d = nn.BatchNorm1d, nn.BatchNorm2d
@@ -573,7 +577,6 @@ class Encoder(nn.Module):
 class SplitBatchNorm(nn.BatchNorm2d):
     """BatchNorm over each of `splits` groups of consecutive rows of [N, C, ...], as if each were on
     its own GPU (MoCo's CIFAR demo). The running statistics are averages over the groups."""
-
     def __init__(self, num_features, splits):
         super().__init__(num_features)
         self.splits = splits
@@ -582,7 +585,8 @@ class SplitBatchNorm(nn.BatchNorm2d):
         running = torch.stack([self.running_mean, self.running_var])
         if not self.training:
             return F.batch_norm(x, *running, self.weight, self.bias)
-        outputs, copies = [], running.repeat(self.splits, 1, 1)  # each group updates its copy
+        copies = running.repeat(self.splits, 1, 1)  # each group updates its copy
+        outputs = []
         for group, copy in zip(x.chunk(self.splits), copies):
             outputs.append(F.batch_norm(group, *copy, self.weight, self.bias, training=True))
         for buffer, mean in zip((self.running_mean, self.running_var), copies.mean(dim=0)):
@@ -591,8 +595,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
         return torch.cat(outputs)
 
 
-# 6. Losses: functions of the cosines of the queries with their positives, `positive` [N], and with
-# their negatives, `negative` [N, K]. To try another one, write it and name it in contrastive_loss
+# 6. Losses. To try another one, write it and name it in contrastive_loss --------------------------
 
 def similarities(q, k, num_negatives=None, generator=None, queue=None):
     """`positive` and `negative` of q and k, float32 [N, C], of length 1. The positive of q[i] is
@@ -641,10 +644,8 @@ def dual_temperature(positive, negative, t, dt_m):
     """Dual temperature (DT): the mean of w * -log p at T_alpha = t, with the weight
     w = (1 - p at T_beta) / (1 - p at T_alpha), T_beta = dt_m * t, through which no gradient flows.
     The gradient is DCL's, weighted by how hard the query is at T_beta (1 - p = sigmoid(M)):
-
         grad softplus(M) = sigmoid(M) grad M = (1 - p at T_alpha) grad M            # InfoNCE
-        grad w softplus(M) = w (1 - p at T_alpha) grad M = (1 - p at T_beta) grad M
-    """
+        grad w softplus(M) = w (1 - p at T_alpha) grad M = (1 - p at T_beta) grad M"""
     m = log_odds_against(positive, negative, t)
     w = dual_temperature_weight(positive, negative, t, dt_m)
     # In float64: at t = 0.02, 1 - p can be as small as e^-100, where 1 / (1 - p) overflows float32.
@@ -710,9 +711,8 @@ def extract_features(backbone, images, args, crops=None):
 
 
 def knn_predict(features, bank, bank_labels, num_classes, k=200, temperature=0.1):
-    """Weighted kNN (Wu et al. 2018, as in MoCo's CIFAR demo): each of the k rows of the bank with
-    the highest cosine votes for its label, with weight exp(cosine / temperature).
-    features: [n, D]; bank: [m, D]. Returns the winning labels, [n]."""
+    """Weighted kNN (Wu et al. 2018, as in MoCo's CIFAR demo) for features [n, D]: the k rows of the
+    bank [m, D] with the highest cosines vote, with weight exp(cosine / temperature). Labels, [n]"""
     features, bank = F.normalize(features), F.normalize(bank)
     predicted = []
     for chunk in features.split(max(1, 2**25 // len(bank))):  # bounds the memory
@@ -737,7 +737,8 @@ def evaluate(backbone, probe, data, args):
     features = extract_features(backbone, data.test_images, args)
     measured = dict(effective_rank=effective_rank(features))
     if len(data.classes) > 1:
-        bank, logits = extract_features(backbone, data.train_images, args), probe(features)
+        bank = extract_features(backbone, data.train_images, args)
+        logits = probe(features)
         require(math.isfinite(logits.sum().item()), "the probe became NaN or infinite")
         knn = knn_predict(features, bank, data.train_labels, len(data.classes))
         for name, predicted in dict(knn_top1=knn, probe_top1=logits.argmax(1)).items():
@@ -748,8 +749,8 @@ def evaluate(backbone, probe, data, args):
 # 8. Optimizer, CUDA graph, checkpoint, log --------------------------------------------------------
 
 def build_optimizer(encoder, probe, args):
-    """SGD for the encoder, and for the probe: the DT authors' metric is a linear classifier that
-    learns online, at learning rate 0.3 and without weight decay."""
+    """SGD for the encoder and the probe (the DT authors' metric: a linear classifier that learns
+    online, at learning rate 0.3, without weight decay), and a GradScaler, only for fp16."""
     peak = args.lr * args.batch_size / 256
     groups = [
         dict(params=encoder.parameters(), peak_lr=peak, weight_decay=args.weight_decay),
@@ -759,13 +760,15 @@ def build_optimizer(encoder, probe, args):
     optimizer = torch.optim.SGD(groups, lr=0, momentum=args.momentum, **fused)
     for group in optimizer.param_groups if fused else []:
         group["lr"] = torch.tensor(0.0, device="cuda")  # a CUDA graph would freeze a number
-    return optimizer
+        for param in group["params"]:  # if the first step is skipped, fused SGD leaves garbage
+            optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
+    GradScaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)  # before PyTorch 2.3
+    return optimizer, GradScaler(enabled=args.precision == "fp16")
 
 
 def adjust_learning_rate(optimizer, epoch, args):
-    """Set the learning rates of an epoch (0-based) as the DT authors do: a linear warm-up from
-    0.003 to the peak, then a cosine to 0. --schedule step: a tenth of the peak from 60 %, a
-    hundredth from 80 % of the epochs on (MoCo v1). Returns that of the encoder."""
+    """Set an epoch's (0-based) learning rates as the DT authors do: linear warm-up from 0.003, then
+    a cosine to 0. --schedule step, MoCo v1's: / 10 at 60 % and 80 %. Returns the encoder's."""
     warmup = min(10, args.epochs // 20) if args.warmup_epochs is None else args.warmup_epochs
     for group in reversed(optimizer.param_groups):  # the probe's, then the encoder's
         lr = group["peak_lr"]
@@ -780,18 +783,16 @@ def adjust_learning_rate(optimizer, epoch, args):
 
 
 class CUDAGraph:
-    """A training step whose 500 to 1000 kernels are launched at once: one by one, that takes the
-    host longer than a GPU may need for a small batch. Three steps run as usual, so that all is
-    compiled, tuned and allocated. The fourth is recorded. Later ones return the same tensors."""
-
+    """A training step whose 500 to 1000 kernels are launched at once. Three calls run as usual, to
+    compile, tune and allocate. The fourth is recorded. All later ones return the same tensors."""
     def __init__(self, step):
-        self.step, self.calls, self.graph = step, 0, None
+        self.step, self.calls, self.outputs = step, 0, None
 
     def __call__(self, batch):
         self.calls += 1
         if self.calls == 4:
             self.record(batch)
-        if not self.graph:
+        if self.outputs is None:
             return self.step(batch)
         for mine, new in zip(self.batch, batch):
             if torch.is_tensor(new):
@@ -800,16 +801,16 @@ class CUDAGraph:
         return self.outputs
 
     def record(self, batch):
-        graph, self.batch = torch.cuda.CUDAGraph(), batch  # later ones are copied to its memory
+        self.graph, self.batch = torch.cuda.CUDAGraph(), batch  # later ones are copied there
         try:
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-                self.outputs = self.step(batch)
-            self.graph = graph
-        except RuntimeError as error:
-            print(f"no CUDA graph, so slower: {str(error).splitlines()[0]}", flush=True)
+            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+                outputs = self.step(batch)
+            self.outputs = outputs
+        except RuntimeError as error:  # of ending the recording, if the step had failed before
+            print("no CUDA graph, so slower:", str(error.__context__ or error).splitlines()[0])
 
 
-def resume(args, model, probe, optimizer):
+def resume(args, model, probe, optimizer, scaler):
     """Begin or continue the run in --out. Returns the number of epochs that are trained already."""
     checkpoint = from_rank_zero(open_run, args)
     if checkpoint is None:
@@ -819,6 +820,7 @@ def resume(args, model, probe, optimizer):
         probe.load_state_dict(checkpoint["probe"])
         groups = optimizer.state_dict()["param_groups"]  # of this machine, not of the other
         optimizer.load_state_dict(dict(state=checkpoint["momenta"], param_groups=groups))
+        scaler.load_state_dict(checkpoint.get("scaler", {}))
         return checkpoint["epoch"]
     except Exception:  # each wrong layout fails in its own way
         require(False, f"'{args.out}/checkpoint.pth' is of another network or an earlier version")
@@ -835,7 +837,8 @@ def open_run(args):
     require(is_run, f"--out '{path}' is neither empty nor a run; choose another")
     try:  # a lock, until this process ends
         import fcntl
-        fcntl.lockf(os.open(path / ".lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = os.open(path / ".lock", os.O_CREAT | os.O_RDWR)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         require(False, f"another process is training in '{path}'; choose another --out")
     except (ImportError, OSError):  # Windows and some network file systems have no such locks
@@ -864,19 +867,19 @@ def load_checkpoint(path):
         require(False, f"'{path}' is damaged, or has more in it than tensors; save its state_dict")
 
 
-def save_checkpoint(epoch, args, model, probe, optimizer):
+def save_checkpoint(epoch, args, model, probe, optimizer, scaler):
     """Write what `resume` reads, unless there is one of the last minute, and training goes on."""
     path = Path(args.out, "checkpoint.pth")
     age = abs(time.time() - path.stat().st_mtime) if path.exists() else math.inf
     if RANK == 0 and (epoch == args.epochs or age > SECONDS_BETWEEN_CHECKPOINTS):
-        state = dict(epoch=epoch, model=model.state_dict(), probe=probe.state_dict())
-        state |= dict(momenta=optimizer.state_dict()["state"], stem_padding=args.stem_padding)
+        state = dict(epoch=epoch, stem_padding=args.stem_padding, scaler=scaler.state_dict())
+        state |= dict(model=model.state_dict(), probe=probe.state_dict())
+        state["momenta"] = optimizer.state_dict()["state"]
         write_atomically(path, lambda path: torch.save(state, path))
 
 
 class Log:
     """A line for each epoch, printed and in log.jsonl, and curves in TensorBoard."""
-
     def __init__(self, args, start_epoch):
         self.args, self.path = args, Path(args.out, "log.jsonl")
         if RANK == 0 and start_epoch < args.epochs:
@@ -912,9 +915,6 @@ class Log:
         print(f"epoch {epoch}/{self.args.epochs}", *text, sep="  ", flush=True)
         self.lines.append(json.dumps(entry))
         write_atomically(self.path, lambda path: path.write_text("\n".join(self.lines) + "\n"))
-        try:
-            for name, value in entry.items():
-                self.board.add_scalar(name, value, epoch)
-            self.board.flush()
-        except OSError as error:
-            require(False, f"cannot write TensorBoard's events to '{self.args.out}': {error}")
+        for name, value in entry.items():
+            self.board.add_scalar(name, value, epoch)
+        self.board.flush()

@@ -51,7 +51,7 @@ def arguments():
     add("--lrs", default=LEARNING_RATES, type=number(float, 1e-6), nargs="+", help="learning rates")
     add("--seed", default=0, type=number(int, 0), help="of held-out images, batches and crops")
     add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: a GPU if present")
-    add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of the backbone")
+    add("--precision", default="auto", choices=common.PRECISIONS, help="of the backbone")
     add("--json", metavar="FILE", help="new, for the result; if not given: RUN_DIR/result.json")
     return parser
 

@@ -80,8 +80,8 @@ def main():
     model = MemoryBank(args, len(data.train_images)) if args.memory_bank else MoCo(args)
     model.to(device, memory_format=torch.channels_last)
     probe = nn.Linear(8 * args.width, len(data.classes)).to(device)
-    optimizer = common.build_optimizer(model.encoder_q, probe, args)
-    start_epoch = common.resume(args, model, probe, optimizer)
+    optimizer, scaler = common.build_optimizer(model.encoder_q, probe, args)
+    start_epoch = common.resume(args, model, probe, optimizer, scaler)
     parallel_model = common.parallelize(model, args)
     parallel_probe = common.parallelize(probe, args)
 
@@ -101,8 +101,9 @@ def main():
         probe_loss = F.cross_entropy(parallel_probe(features), labels)
 
         optimizer.zero_grad()
-        (loss + probe_loss).backward()  # the features are detached: only the loss trains the model
-        optimizer.step()
+        scaler.scale(loss + probe_loss).backward()  # the features are detached: see Encoder
+        scaler.step(optimizer)
+        scaler.update()
         model.momentum_update_key_encoder()
         model.dequeue_and_enqueue(k)
         if args.symmetric:
@@ -127,7 +128,7 @@ def main():
         if (epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs:
             measured |= common.evaluate(model.encoder_q.backbone, probe, data, args)
         log.write(epoch + 1, measured)
-        common.save_checkpoint(epoch + 1, args, model, probe, optimizer)
+        common.save_checkpoint(epoch + 1, args, model, probe, optimizer, scaler)
     if common.RANK == 0:
         cached = " --cached" if args.device == "cpu" else ""
         print(f"'{args.out}' is finished. Next: python linear_eval.py {quote(args.out)}{cached}")

@@ -117,7 +117,7 @@ def compare_learning_rates(directory):
         theirs = authors_method(directory, "simco.sh", "--batch_size", batch_size)
         [optimizer], [scheduler] = theirs.configure_optimizers()
         args = simco.arguments().parse_args(["--batch-size", str(batch_size), "--device", "cpu"])
-        ours, differences = common.build_optimizer(nn.Linear(1, 1), nn.Linear(1, 1), args), []
+        (ours, _), differences = common.build_optimizer(nn.Linear(1, 1), nn.Linear(1, 1), args), []
         for epoch in range(theirs.max_epochs):
             rate = common.adjust_learning_rate(ours, epoch, args)
             for group in (0, -1):  # backbone and head
@@ -142,7 +142,7 @@ def compare_steps(module, flags, theirs):
     copies, rows = dict(encoder=query, encoder_q=query, encoder_k=key), []
 
     def batches(*which, our_batches=common.batches):
-        _, model, probe, _ = resume.call_args.args
+        _, model, probe, *_ = resume.call_args.args
         theirs.classifier.load_state_dict(probe.state_dict())
         for name, encoder in model.named_children():
             copies[name].load_state_dict(encoder.state_dict())

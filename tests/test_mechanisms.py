@@ -70,6 +70,35 @@ def test_four_processes_are_four_groups_on_one(run_script, interrupted_run, tmp_
             torch.testing.assert_close(ours[part], theirs[part], rtol=1e-5, atol=1e-6)
 
 
+SLOW = """
+import sys, time
+from datetime import timedelta
+sys.path[:0] = [{root!r}]
+import common, simco
+from torch.distributed import barrier, distributed_c10d
+load, read, *sys.argv = common.load_data, common.read_dataset, *{command!r}
+
+def load_impatiently(*args, **flags):
+    barrier()
+    distributed_c10d._set_pg_timeout(timedelta(seconds=1), None)
+    data = load(*args, **flags)
+    distributed_c10d._set_pg_timeout(timedelta(seconds=999), None)
+    return data
+
+common.read_dataset = lambda args: time.sleep(4) or read(args)
+common.load_data = load_impatiently
+common.launch(simco.main)
+"""
+
+
+def test_a_slow_download_in_one_process(tmp_path, tiny_run):
+    """The others wait for longer than for a step's sums: for hours, not NCCL's ten minutes."""
+    command = ["simco.py", *TINY, "--out", str(tmp_path / "run")]
+    (tmp_path / "slow.py").write_text(SLOW.format(root=str(ROOT), command=command))
+    start_script(2, tmp_path / "slow.py")
+    assert weights(tmp_path / "run")["epoch"] == 2
+
+
 # With each of eight seeds, with AVX-512 and with AVX2, kNN ends at 44 % or more; with --lr 1e-6 at
 # 34 % or less. The queue needs more steps: see the demo.
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_features_are_of_the_eval_mode_and_leave_the_backbone_alone():
 def test_learning_rates_of_encoder_and_probe():
     def rates(*flags):
         args = simco.arguments().parse_args(["--device", "cpu", *flags])
-        optimizer = common.build_optimizer(nn.Linear(1, 1), nn.Linear(1, 1), args)
+        optimizer, _ = common.build_optimizer(nn.Linear(1, 1), nn.Linear(1, 1), args)
         for epoch in range(args.epochs):
             returned = common.adjust_learning_rate(optimizer, epoch, args)
             encoder, probe = (float(group["lr"]) for group in optimizer.param_groups)

@@ -11,7 +11,8 @@ aten = torch.ops.aten
 WAITS = {aten._local_scalar_dense, aten.is_nonzero, aten.equal}
 WAITS |= {aten.nonzero, aten.masked_select, aten._unique2}
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-WHERE = ["cpu"] + [pytest.param(f"cuda --cuda-graph {x}", marks=NEEDS_GPU) for x in ("off", "auto")]
+WHERE = ("cuda --cuda-graph off", "cuda", "cuda --precision fp16")
+WHERE = ["cpu"] + [pytest.param(flags, marks=NEEDS_GPU) for flags in WHERE]
 
 
 class NoWaiting(TorchDispatchMode):
