@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import METHODS, MODELS, ROOT, TINY, start_script
 from test_runs import log_of, weights
+from torch.distributed import distributed_c10d
 
 import common
 
@@ -91,6 +92,7 @@ common.launch(simco.main)
 """
 
 
+@pytest.mark.skipif(not hasattr(distributed_c10d, "_set_pg_timeout"), reason="an older PyTorch")
 def test_a_slow_download_in_one_process(tmp_path, tiny_run):
     """The others wait for longer than for a step's sums: for hours, not NCCL's ten minutes."""
     command = ["simco.py", *TINY, "--out", str(tmp_path / "run")]
