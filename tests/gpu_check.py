@@ -1,9 +1,9 @@
-"""For whoever has a GPU: does it compute what the CPU computes, and how fast? It takes a minute.
+"""For whoever has a GPU: does it compute what the CPU computes, and how fast? A minute or two.
 
     python tests/gpu_check.py
 
-1. Steps of a small network in fp32, eager and graphed, each from the CPU's weights. They may err
-   eight times as much as the CPU's do if what each layer returns is rounded as a long sum may be.
+1. Steps of a small network in fp32, eager and graphed, each from the CPU's weights. Allowed is
+   eight times the CPU's own error when what each layer returns is rounded as a long sum may be.
 2. simco.py without flags, compiled and graphed, and eager: the same losses? Then alone: how fast?
 """
 import argparse
@@ -112,7 +112,7 @@ def train(folder, name, flags=""):
     command = [sys.executable, ROOT / "simco.py", "--data", folder, "--out", f"{folder}/{name}"]
     command += f"--dataset shapes --epochs 4 --knn-every 4 {flags}".split()
     env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env)
     assert not done.returncode and "so slower" not in done.stdout, done.stdout + done.stderr
     log = [json.loads(x) for x in Path(folder, name, "log.jsonl").read_text().splitlines()]
     loss, speed = log[-1]["loss"], np.median([x["images_per_second"] for x in log[2:]])
