@@ -87,7 +87,7 @@ def argument_parser(method, loss):
     add("--dt-m", default=10.0, type=positive, help="of --loss dual: T_beta / T_alpha")
     add = parser.add_argument_group("machine and log").add_argument
     add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: a GPU if present")
-    add("--precision", default="auto", choices=PRECISIONS, help="auto: bf16 or fp16, if fast")
+    add("--precision", default="auto", choices=PRECISIONS, help="auto: on a GPU bf16 or fp16")
     add("--compile", default="auto", choices=("auto", "on", "off"), help="auto: on a GPU")
     add("--cuda-graph", default="auto", choices=("auto", "off"), help="auto: where it is possible")
     add("--out", metavar="DIR", help=f"of the run; if not given: runs/{method}-...")
@@ -123,10 +123,10 @@ def setup(args):
     if args.out is None:
         args.out = f"runs/{args.method}-{args.dataset}-bs{args.batch_size}-seed{args.seed}"
     if args.compile == "auto":  # Triton, which writes the kernels, needs a C compiler
-        has_compiler = shutil.which(os.getenv("CC", "gcc"))
+        has_compiler = shutil.which(os.getenv("CC", "gcc")) or shutil.which("clang")
         args.compile = "on" if args.device == "cuda" and has_compiler and has_triton() else "off"
     drawn = getattr(args, "num_negatives", None) or 0  # per query; 0: all others are negatives
-    require(drawn < args.batch_size, f"--num-negatives must be less than {args.batch_size}")
+    require(drawn < args.batch_size, "--num-negatives must be less than --batch-size")
     draws = drawn or getattr(args, "memory_bank", False)  # a graph would repeat what was drawn
     can_record = args.device == "cuda" and WORLD_SIZE == 1 and not draws
     args.cuda_graph = "on" if can_record and args.cuda_graph == "auto" else "off"
@@ -144,10 +144,11 @@ def init_device(args):
     if WORLD_SIZE > 1:
         if args.device == "cuda":
             gpu = int(os.environ["LOCAL_RANK"])
-            require(gpu < torch.cuda.device_count(), f"there is no GPU for LOCAL_RANK {gpu}")
+            require(gpu < torch.cuda.device_count(), f"no GPU for LOCAL_RANK {gpu}; start fewer")
             torch.cuda.set_device(gpu)
         print(f"RANK {RANK} of WORLD_SIZE {WORLD_SIZE} waits for the others", flush=True)
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        OBJECTS.append(dist.new_group(backend="gloo", timeout=timedelta(hours=9)))
     if args.precision == "auto":  # bf16 where it is fast: on GPUs since Ampere, on some CPUs
         has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # not in every PyTorch
         if args.device == "cuda":
@@ -156,7 +157,7 @@ def init_device(args):
     require(args.precision != "fp16" or args.device == "cuda", "--precision fp16 needs a GPU")
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     torch.backends.cudnn.benchmark = True  # choose the fastest convolutions by trying
-    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # for similarities, too coarse
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # too coarse for similarities
     return torch.device(args.device)
 
 
@@ -215,6 +216,7 @@ def write_atomically(path, write):
 TORCHRUN = "RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT".split()
 LAUNCHED = all(map(os.getenv, TORCHRUN))  # other programs may set only some of them
 RANK, WORLD_SIZE = (int(os.environ[x]) for x in TORCHRUN[:2]) if LAUNCHED else (0, 1)
+OBJECTS = []  # a group for data and checkpoints: NCCL would time out, say in a long download
 
 
 def concat_all_gather(tensor):
@@ -230,18 +232,15 @@ def all_reduce_sum(tensor):
 
 def from_rank_zero(function, *arguments):
     """What the function returns in process 0, for all. So machines need no shared file system."""
-    if WORLD_SIZE == 1:
-        return function(*arguments)
-    # NCCL would send it through the GPUs, and give up after ten minutes, in a download say.
-    patient = dist.new_group(backend="gloo", timeout=timedelta(hours=9))
     result = [function(*arguments) if RANK == 0 else None]
-    dist.broadcast_object_list(result, group=patient)
+    if WORLD_SIZE > 1:
+        dist.broadcast_object_list(result, group=OBJECTS[-1])
     return result[0]
 
 
 def encode_shuffled(encoder, views, permutation):
     """Shuffling BN (MoCo, section 3.3): the keys of views [N, 3, S, S], encoded with the global
-    batch permuted (int64 [M] or None): else its BatchNorm group would betray the positive."""
+    batch permuted (int64 [M] or None). Else BatchNorm would tell which key goes with a query."""
     if permutation is None:
         return encoder(views)[0]
     share = permutation.chunk(WORLD_SIZE)[RANK]
@@ -251,7 +250,7 @@ def encode_shuffled(encoder, views, permutation):
 
 
 def parallelize(model, args):
-    """The model to call in the training step. For its buffers, see average_batchnorm."""
+    """The model to call in a step. Its queue is the same everywhere; see average_batchnorm."""
     if args.compile == "on":
         model.compile()
     if WORLD_SIZE == 1:
@@ -369,8 +368,8 @@ class Batch(NamedTuple):  # a process's share, N images, of the global batch of 
 
 
 def batches(data, epoch, args):
-    """Yield the full Batches of an epoch (from 0). What is random is drawn for the global batch, by
-    seed, epoch and step. So it is the same on any number of processes, and after a restart."""
+    """Yield an epoch's (0-based) Batches, dropping an incomplete last one. What is random is drawn
+    for the global batch, seeded by run, epoch and step; so it does not depend on WORLD_SIZE."""
     num_images, image_size = data.train_images.shape[:2]
     device, batch_size = data.train_images.device, args.batch_size
     steps, share = num_images // batch_size, batch_size // WORLD_SIZE
@@ -585,8 +584,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
         running = torch.stack([self.running_mean, self.running_var])
         if not self.training:
             return F.batch_norm(x, *running, self.weight, self.bias)
-        copies = running.repeat(self.splits, 1, 1)  # each group updates its copy
-        outputs = []
+        outputs, copies = [], running.repeat(self.splits, 1, 1)  # each group updates its copy
         for group, copy in zip(x.chunk(self.splits), copies):
             outputs.append(F.batch_norm(group, *copy, self.weight, self.bias, training=True))
         for buffer, mean in zip((self.running_mean, self.running_var), copies.mean(dim=0)):
@@ -712,7 +710,7 @@ def extract_features(backbone, images, args, crops=None):
 
 def knn_predict(features, bank, bank_labels, num_classes, k=200, temperature=0.1):
     """Weighted kNN (Wu et al. 2018, as in MoCo's CIFAR demo) for features [n, D]: the k rows of the
-    bank [m, D] with the highest cosines vote, with weight exp(cosine / temperature). Labels, [n]"""
+    bank [m, D] with the highest cosines vote, each by exp(cosine / temperature). -> labels [n]."""
     features, bank = F.normalize(features), F.normalize(bank)
     predicted = []
     for chunk in features.split(max(1, 2**25 // len(bank))):  # bounds the memory
@@ -750,7 +748,7 @@ def evaluate(backbone, probe, data, args):
 
 def build_optimizer(encoder, probe, args):
     """SGD for the encoder and the probe (the DT authors' metric: a linear classifier that learns
-    online, at learning rate 0.3, without weight decay), and a GradScaler, only for fp16."""
+    online, at learning rate 0.3, without weight decay), and a GradScaler, enabled only for fp16."""
     peak = args.lr * args.batch_size / 256
     groups = [
         dict(params=encoder.parameters(), peak_lr=peak, weight_decay=args.weight_decay),
@@ -783,17 +781,17 @@ def adjust_learning_rate(optimizer, epoch, args):
 
 
 class CUDAGraph:
-    """A training step whose 500 to 1000 kernels are launched at once. Three calls run as usual, to
-    compile, tune and allocate. The fourth is recorded. All later ones return the same tensors."""
+    """A training step whose 500 to 1000 kernels are launched at once. Three calls warm up: compile,
+    tune, allocate. The fourth is recorded; it and all later ones are replays, into one memory."""
     def __init__(self, step):
-        self.step, self.calls, self.outputs = step, 0, None
+        self.step, self.calls = step, 0
 
     def __call__(self, batch):
         self.calls += 1
+        if self.calls < 4:
+            return self.step(batch)
         if self.calls == 4:
             self.record(batch)
-        if self.outputs is None:
-            return self.step(batch)
         for mine, new in zip(self.batch, batch):
             if torch.is_tensor(new):
                 mine.copy_(new)
@@ -804,10 +802,10 @@ class CUDAGraph:
         self.graph, self.batch = torch.cuda.CUDAGraph(), batch  # later ones are copied there
         try:
             with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
-                outputs = self.step(batch)
-            self.outputs = outputs
-        except RuntimeError as error:  # of ending the recording, if the step had failed before
-            print("no CUDA graph, so slower:", str(error.__context__ or error).splitlines()[0])
+                self.outputs = self.step(batch)
+        except RuntimeError as error:  # of ending the recording; its context is why the step failed
+            cause = error.__context__ or error
+            require(False, f"this cannot be a CUDA graph; use --cuda-graph off ({cause!r})")
 
 
 def resume(args, model, probe, optimizer, scaler):
@@ -869,6 +867,8 @@ def load_checkpoint(path):
 
 def save_checkpoint(epoch, args, model, probe, optimizer, scaler):
     """Write what `resume` reads, unless there is one of the last minute, and training goes on."""
+    fits = scaler.get_scale() >= 1  # it falls with every step that is skipped
+    require(fits, "the gradients always overflow in fp16; lower --lr, or use --precision fp32")
     path = Path(args.out, "checkpoint.pth")
     age = abs(time.time() - path.stat().st_mtime) if path.exists() else math.inf
     if RANK == 0 and (epoch == args.epochs or age > SECONDS_BETWEEN_CHECKPOINTS):

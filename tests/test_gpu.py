@@ -1,6 +1,7 @@
 """CUDA graphs, fp16 and the GPU check: their logic, without a GPU. On one, see gpu_check.py."""
 import contextlib
 from types import SimpleNamespace
+from unittest import mock
 
 import gpu_check
 import pytest
@@ -12,41 +13,57 @@ import common
 import linear_eval
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_graphed_step_computes_each_batch(fails, monkeypatch, capsys):
-    """Also if it cannot be recorded: then it runs as it is."""
+def fake_graph(monkeypatch, replay=None):
+    """Let a step be "recorded" without CUDA: it runs."""
+
+    @contextlib.contextmanager
+    def record(graph, stream):
+        try:
+            yield
+        except BaseException:  # as torch.cuda.graph, which must end the recording in any case
+            raise RuntimeError("operation failed due to a previous error during capture") from None
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=replay))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+
+
+def test_a_graphed_step_computes_each_batch(monkeypatch):
     seen, outputs = [], []
 
     def step(batch):
         seen.append(batch)
         return batch.view1.sum(), batch.labels + 1
 
-    @contextlib.contextmanager
-    def record(graph, stream):
-        try:
-            yield
-            assert not fails, "operation not permitted\nmore lines"
-        except AssertionError:  # as torch.cuda.graph, which must end the recording in any case
-            raise RuntimeError("operation failed due to a previous error during capture") from None
-
-    def replay():  # without CUDA: the step runs once more, into the same memory
+    def replay():  # the step runs once more, into the same memory
         for mine, new in zip(graphed.outputs, step(graphed.batch)):
             mine.copy_(new)
 
+    fake_graph(monkeypatch, replay)
     graphed = common.CUDAGraph(step)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=replay))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
-    monkeypatch.setattr(torch.cuda, "graph", record)
     for i in range(6):
         view = torch.full((2, 3, 4, 4), float(i))
         batch = common.Batch(view, view, torch.arange(2), torch.tensor([i, i]), None, None)
         outputs.append(graphed(batch))
         assert outputs[i][0] == view.sum() and outputs[i][1].tolist() == [i + 1, i + 1]
         assert i > 2 or seen[i] is batch
-    assert (outputs[3][0] is outputs[5][0]) != fails  # the same memory
-    assert all((batch is graphed.batch) != fails for batch in seen[-2:])
-    message = "no CUDA graph, so slower: operation not permitted\n"
-    assert capsys.readouterr().out == message * fails
+    assert outputs[3][0] is outputs[5][0]  # the same memory
+    assert all(batch is graphed.batch for batch in seen[4:])
+
+
+@pytest.mark.parametrize("cause", [ValueError("not permitted\nmore"), KeyboardInterrupt()])
+def test_a_step_that_cannot_be_recorded(cause, monkeypatch, capsys):
+    """It ends the run: optimizer, scaler and allocator may be left in the middle of the step."""
+    fake_graph(monkeypatch)
+    step = mock.Mock(side_effect=[1, 2, 3, cause])
+    graphed = common.CUDAGraph(step)
+    batch = common.Batch(*[None] * 6)
+    assert [graphed(batch) for _ in range(3)] == [1, 2, 3]
+    with pytest.raises(SystemExit) as stop:
+        graphed(batch)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert "--cuda-graph off" in error and repr(cause) in error
 
 
 @pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="before 2.3, on GPUs only")
@@ -66,7 +83,7 @@ def test_scaled_gradients(method, tiny_run, interrupted_run, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="before 2.3, on GPUs only")
-def test_steps_that_overflow_are_skipped(tiny_run, monkeypatch):
+def test_steps_that_overflow_are_skipped(tiny_run, fails_plainly, tmp_path, monkeypatch):
     """All four. Then the encoder is as it began, except that BatchNorm has its statistics."""
     scaler = torch.amp.GradScaler
     options = dict(device="cpu", init_scale=3e38, backoff_factor=0.999)
@@ -77,6 +94,10 @@ def test_steps_that_overflow_are_skipped(tiny_run, monkeypatch):
         is_statistic = name.endswith(("running_mean", "running_var", "num_batches_tracked"))
         assert torch.equal(tensor, after["model"][f"encoder.backbone.{name}"]) != is_statistic
     assert after["scaler"]["scale"] == pytest.approx(3e38 * 0.999**4) and not after["momenta"]
+    # A scale below 1 is what many skipped steps leave. Then hardly any has been made.
+    options["backoff_factor"] = 1e-39
+    error = fails_plainly(METHODS["simco"], *TINY, "--out", tmp_path / "skips")
+    assert "overflow in fp16" in error and not (tmp_path / "skips" / "checkpoint.pth").exists()
 
 
 @pytest.mark.parametrize("script", [*METHODS.values(), linear_eval])
@@ -102,7 +123,7 @@ def test_more_processes_than_gpus(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(SystemExit):
         common.init_device(SimpleNamespace(device="cuda", precision="auto"))
-    assert capsys.readouterr().err == "error: there is no GPU for LOCAL_RANK 2\n"
+    assert capsys.readouterr().err == "error: no GPU for LOCAL_RANK 2; start fewer\n"
 
 
 def test_the_gpu_check_finds_a_mistake(capsys):
