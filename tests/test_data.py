@@ -105,6 +105,7 @@ def test_bad_flags(bad, tmp_path, fails_plainly):
 def test_batch_that_processes_cannot_share(monkeypatch, fails_plainly):
     monkeypatch.setattr(common, "WORLD_SIZE", 3)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: None)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **_: None)
     assert "--batch-size" in fails_plainly(moco_v2, *TINY)
 
 
