@@ -108,7 +108,7 @@ def compare_steps(method, places=PLACES):
 
 def train(folder, name, flags=""):
     """Run simco.py, with what it compiles in `folder`. Returns its loss at the end, and a line."""
-    np.savez(f"{folder}/{name}.npz", **prepare.draw_shapes(12_800, 256))
+    np.savez(f"{folder}/{name}.npz", **prepare.draw_shapes(6_400, 256))
     command = [sys.executable, ROOT / "simco.py", "--data", folder, "--out", f"{folder}/{name}"]
     command += f"--dataset {name} --epochs 4 --knn-every 4 {flags}".split()
     env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
