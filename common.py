@@ -87,7 +87,7 @@ def argument_parser(method, loss):
     add("--dt-m", default=10.0, type=positive, help="of --loss dual: T_beta / T_alpha")
     add = parser.add_argument_group("machine and log").add_argument
     add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: a GPU if present")
-    add("--precision", default="auto", choices=PRECISIONS, help="auto: on a GPU bf16 or fp16")
+    add("--precision", default="auto", choices=PRECISIONS, help="auto: bf16 or fp16 where fast")
     add("--compile", default="auto", choices=("auto", "on", "off"), help="auto: on a GPU")
     add("--cuda-graph", default="auto", choices=("auto", "off"), help="auto: where it is possible")
     add("--out", metavar="DIR", help=f"of the run; if not given: runs/{method}-...")
@@ -123,7 +123,7 @@ def setup(args):
     if args.out is None:
         args.out = f"runs/{args.method}-{args.dataset}-bs{args.batch_size}-seed{args.seed}"
     if args.compile == "auto":  # Triton, which writes the kernels, needs a C compiler
-        has_compiler = shutil.which(os.getenv("CC", "gcc")) or shutil.which("clang")
+        has_compiler = any(map(shutil.which, os.getenv("CC", "gcc clang").split()))
         args.compile = "on" if args.device == "cuda" and has_compiler and has_triton() else "off"
     drawn = getattr(args, "num_negatives", None) or 0  # per query; 0: all others are negatives
     require(drawn < args.batch_size, "--num-negatives must be less than --batch-size")
@@ -144,7 +144,7 @@ def init_device(args):
     if WORLD_SIZE > 1:
         if args.device == "cuda":
             gpu = int(os.environ["LOCAL_RANK"])
-            require(gpu < torch.cuda.device_count(), f"no GPU for LOCAL_RANK {gpu}; start fewer")
+            require(gpu < torch.cuda.device_count(), f"more processes than GPUs (LOCAL_RANK {gpu})")
             torch.cuda.set_device(gpu)
         print(f"RANK {RANK} of WORLD_SIZE {WORLD_SIZE} waits for the others", flush=True)
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
@@ -250,7 +250,7 @@ def encode_shuffled(encoder, views, permutation):
 
 
 def parallelize(model, args):
-    """The model to call in a step. Its queue is the same everywhere; see average_batchnorm."""
+    """The model to call in a step. DDP copies no buffers: queues agree; see average_batchnorm."""
     if args.compile == "on":
         model.compile()
     if WORLD_SIZE == 1:
@@ -369,7 +369,7 @@ class Batch(NamedTuple):  # a process's share, N images, of the global batch of 
 
 def batches(data, epoch, args):
     """Yield an epoch's (0-based) Batches, dropping an incomplete last one. What is random is drawn
-    for the global batch, seeded by run, epoch and step; so it does not depend on WORLD_SIZE."""
+    for the global batch, seeded by --seed, epoch and step; WORLD_SIZE plays no part."""
     num_images, image_size = data.train_images.shape[:2]
     device, batch_size = data.train_images.device, args.batch_size
     steps, share = num_images // batch_size, batch_size // WORLD_SIZE
@@ -710,7 +710,7 @@ def extract_features(backbone, images, args, crops=None):
 
 def knn_predict(features, bank, bank_labels, num_classes, k=200, temperature=0.1):
     """Weighted kNN (Wu et al. 2018, as in MoCo's CIFAR demo) for features [n, D]: the k rows of the
-    bank [m, D] with the highest cosines vote, each by exp(cosine / temperature). -> labels [n]."""
+    bank [m, D] with the highest cosines vote, weighted by exp(cosine / temperature). Labels, [n]"""
     features, bank = F.normalize(features), F.normalize(bank)
     predicted = []
     for chunk in features.split(max(1, 2**25 // len(bank))):  # bounds the memory
@@ -782,7 +782,7 @@ def adjust_learning_rate(optimizer, epoch, args):
 
 class CUDAGraph:
     """A training step whose 500 to 1000 kernels are launched at once. Three calls warm up: compile,
-    tune, allocate. The fourth is recorded; it and all later ones are replays, into one memory."""
+    tune, allocate. The fourth is recorded, and replayed from then on, into the same tensors."""
     def __init__(self, step):
         self.step, self.calls = step, 0
 
@@ -805,7 +805,7 @@ class CUDAGraph:
                 self.outputs = self.step(batch)
         except RuntimeError as error:  # of ending the recording; its context is why the step failed
             cause = error.__context__ or error
-            require(False, f"this cannot be a CUDA graph; use --cuda-graph off ({cause!r})")
+            require(False, f"recording a CUDA graph failed; use --cuda-graph off ({cause!r})")
 
 
 def resume(args, model, probe, optimizer, scaler):
@@ -867,8 +867,8 @@ def load_checkpoint(path):
 
 def save_checkpoint(epoch, args, model, probe, optimizer, scaler):
     """Write what `resume` reads, unless there is one of the last minute, and training goes on."""
-    fits = scaler.get_scale() >= 1  # it falls with every step that is skipped
-    require(fits, "the gradients always overflow in fp16; lower --lr, or use --precision fp32")
+    fits = scaler.get_scale() >= 1  # halved by each step that is skipped
+    require(fits, "too many steps overflow in fp16; start anew: lower --lr, or --precision fp32")
     path = Path(args.out, "checkpoint.pth")
     age = abs(time.time() - path.stat().st_mtime) if path.exists() else math.inf
     if RANK == 0 and (epoch == args.epochs or age > SECONDS_BETWEEN_CHECKPOINTS):
