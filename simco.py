@@ -56,7 +56,7 @@ def main():
     torch.manual_seed(args.seed)
     model = SimCo(args).to(device, memory_format=torch.channels_last)
     probe = nn.Linear(8 * args.width, len(data.classes)).to(device)
-    optimizer, scaler = common.build_optimizer(model.encoder, probe, args)
+    optimizer, scaler = common.build_optimizer(model.encoder, probe, args)  # scaler: only in fp16
     start_epoch = common.resume(args, model, probe, optimizer, scaler)
     parallel_model = common.parallelize(model, args)
     parallel_probe = common.parallelize(probe, args)
@@ -71,7 +71,7 @@ def main():
         probe_loss = F.cross_entropy(parallel_probe(features), batch.labels.repeat(2))
 
         optimizer.zero_grad()
-        scaler.scale(loss + probe_loss).backward()  # the features are detached: see Encoder
+        scaler.scale(loss + probe_loss).backward()  # probe_loss does not train the encoder
         scaler.step(optimizer)
         scaler.update()
         return loss.detach(), positive.detach(), negative.detach()

@@ -69,7 +69,7 @@ def main():
     torch.manual_seed(args.seed)
     model = SimMoCo(args).to(device, memory_format=torch.channels_last)
     probe = nn.Linear(8 * args.width, len(data.classes)).to(device)
-    optimizer, scaler = common.build_optimizer(model.encoder_q, probe, args)
+    optimizer, scaler = common.build_optimizer(model.encoder_q, probe, args)  # scaler: only in fp16
     start_epoch = common.resume(args, model, probe, optimizer, scaler)
     parallel_model = common.parallelize(model, args)
     parallel_probe = common.parallelize(probe, args)
@@ -88,7 +88,7 @@ def main():
         probe_loss = F.cross_entropy(parallel_probe(features), labels)
 
         optimizer.zero_grad()
-        scaler.scale(loss + probe_loss).backward()  # the features are detached: see Encoder
+        scaler.scale(loss + probe_loss).backward()  # probe_loss does not train the encoder
         scaler.step(optimizer)
         scaler.update()
         model.momentum_update_key_encoder()

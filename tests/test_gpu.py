@@ -101,7 +101,7 @@ def test_steps_that_overflow_are_skipped(tiny_run, fails_plainly, tmp_path, monk
 
 
 @pytest.mark.parametrize("script", [*METHODS.values(), linear_eval])
-def test_fp16_needs_a_gpu(script, fails_plainly, tmp_path):
+def test_fp16_needs_a_gpu(script, fails_plainly):
     flags = ["--checkpoint", "x", "--dataset", "x"] if script is linear_eval else TINY
     where = ["--device", "cpu"]
     assert "fp16 needs a GPU" in fails_plainly(script, *flags, *where, "--precision", "fp16")

@@ -93,7 +93,7 @@ common.launch(simco.main)
 
 
 @pytest.mark.skipif(not hasattr(distributed_c10d, "_set_pg_timeout"), reason="an older PyTorch")
-def test_a_slow_download_in_one_process(tmp_path, tiny_run):
+def test_a_slow_download_in_one_process(tmp_path):
     """The others wait for longer than for a step's sums: for hours, not NCCL's ten minutes."""
     command = ["simco.py", *TINY, "--out", str(tmp_path / "run")]
     (tmp_path / "slow.py").write_text(SLOW.format(root=str(ROOT), command=command))
