@@ -4,7 +4,8 @@
 
 1. Steps of a small network in fp32, eager and graphed, each from the CPU's weights. Allowed is
    eight times the CPU's own error when what each layer returns is rounded as a long sum may be.
-2. simco.py without flags, compiled and graphed, and eager: the same losses? Then alone: how fast?
+   (With SiLU: where a ReLU's input is 0 but for rounding, its gradient may be all or nothing.)
+2. simco.py without flags, compiled and graphed, and eager: the same loss? Then alone: how fast?
 """
 import argparse
 import importlib
@@ -32,7 +33,7 @@ import common  # noqa: E402
 STEPS = 6  # a CUDA graph computes the last three
 ROUNDING = 2**-16  # of a sum of 64 * 34 * 34 float32: 2^-24 times the root of their number
 FACTOR = 8  # compiled code on one CPU thread, which sums most clumsily, needs 5
-TOLERANCE = 0.05  # in part 2: narrow networks ended within 3 %, in fp32 and bf16, on a CPU
+TOLERANCE = 0.03  # of the second epoch's loss; at the fourth, equal runs were 9 % apart on an H200
 PLACES = dict(eager="--compile off --cuda-graph off", graphed="--compile off")  # of part 1
 
 
@@ -71,6 +72,7 @@ def steps_of(method, where, begin_with=None, noise=None):
         mock.patch("sys.argv", [method, *flags.split(), "--out", f"{folder}/run"]),
         mock.patch.multiple(common, batches=batches, load_data=lambda *_, **__: images),
         mock.patch("common.evaluate", lambda *_: {}),
+        mock.patch("torch.nn.functional.relu", torch.nn.functional.silu),
         mock.patch("common.resume", wraps=common.resume) as resume,
         mock.patch.object(common.Log, "add", autospec=True, side_effect=common.Log.add) as add,
         mock.patch("sys.stdout", io.StringIO()),
@@ -107,7 +109,7 @@ def compare_steps(method, places=PLACES):
 
 
 def train(folder, name, flags=""):
-    """Run simco.py, with what it compiles in `folder`. Returns its loss at the end, and a line."""
+    """Run simco.py, with what it compiles in `folder`. Returns a loss, and a line about it."""
     np.savez(f"{folder}/{name}.npz", **prepare.draw_shapes(6_400, 256))
     command = [sys.executable, ROOT / "simco.py", "--data", folder, "--out", f"{folder}/{name}"]
     command += f"--dataset {name} --epochs 4 --knn-every 4 {flags}".split()
@@ -115,7 +117,7 @@ def train(folder, name, flags=""):
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     log = [json.loads(x) for x in Path(folder, name, "log.jsonl").read_text().splitlines()]
-    loss, speed = log[-1]["loss"], np.median([x["images_per_second"] for x in log[2:]])
+    loss, speed = log[2]["loss"], np.median([x["images_per_second"] for x in log[2:]])
     return loss, f"{name}: {speed:.0f} images/s, loss {loss:.4f}; {done.stdout.split(' -> ')[0]}"
 
 

@@ -1,5 +1,6 @@
 """CUDA graphs, fp16 and the GPU check: their logic, without a GPU. On one, see gpu_check.py."""
 import contextlib
+import re
 from types import SimpleNamespace
 from unittest import mock
 
@@ -128,10 +129,11 @@ def test_more_processes_than_gpus(monkeypatch, capsys):
 
 def test_the_gpu_check_finds_a_mistake(capsys):
     flags = "--device cpu --compile off"
-    places = dict(right=flags, wrong=f"{flags} --lr 0.0303")  # by one percent
-    assert not gpu_check.compare_steps("moco_v2", places)
-    right, wrong = (float(line.split()[2]) for line in capsys.readouterr().out.splitlines())
-    assert right == 0 and wrong > 1
+    mistakes = ["--lr 0.0301", "--weight-decay 0.00055", "--moco-t 0.1001"]
+    assert not gpu_check.compare_steps("moco_v2", {x: f"{flags} {x}" for x in ["", *mistakes]})
+    lines = capsys.readouterr().out.splitlines()
+    right, *wrong = (float(re.search(r": ([\d.]+) of", line)[1]) for line in lines)
+    assert right == 0 and min(wrong) > 2 and len(wrong) == 3
 
 
 @pytest.mark.parametrize("broken", ["nothing", "steps", "compare_steps", "train", "losses"])
