@@ -5,18 +5,21 @@ import re
 import runpy
 import subprocess
 
+import experiments
 import few_labels
 import pytest
 import table
 import torch
+from check_experiments import ORDERS, check
 from conftest import METHODS, ROOT
 from PIL import Image
 
 import common
 import linear_eval
 
-PAGES = (ROOT / "README.md", ROOT / "results" / "README.md")
+PAGES = [ROOT / "README.md", *(ROOT / "results").glob("*.md")]
 RUNS = sorted(path.parent for path in ROOT.glob("results/*/*/args.json"))
+EXPERIMENTS = ROOT / "results" / "experiments.sh"
 QUICK = "--epochs 2 --precision fp32 --device cpu --lrs 0.1 1 10".split()
 
 
@@ -70,6 +73,35 @@ def test_every_link_leads_somewhere_and_every_picture_is_shown():
     text = "".join(page.read_text() for page in PAGES)
     shown = set(re.findall(r"!\[[^]]*\]\((?:results/)?([^)]+)\)", text))
     assert shown == {path.name for path in ROOT.glob("results/*.[sp][vn]g")}
+
+
+def test_the_experiments_have_the_outcomes_that_their_page_explains():
+    found = experiments.outcomes(ROOT / "results" / "experiments.jsonl")
+    assert check(found) == 12 * len(ORDERS)
+    page = (ROOT / "results" / "experiments.md").read_text().splitlines()
+    printed = experiments.table(found)
+    assert len(printed) > 10 and not {*printed} - {*page}
+    named = r"^[a-z,]+ (\S+) (?:simco|simmoco|moco_v2)\b"
+    named = re.findall(named, EXPERIMENTS.read_text(), re.MULTILINE)
+    assert named == [*dict.fromkeys(row["run"] for row in found)]
+
+
+def test_experiments_sh(tmp_path):
+    def run(name, flags):
+        return subprocess.run(
+            ["bash", EXPERIMENTS, name], capture_output=True, text=True, env=env | {"FLAGS": flags}
+        )
+
+    env = {**os.environ, "RUNS": f"{tmp_path}/runs", "DATA": f"{tmp_path}/data", "SEEDS": "3"}
+    assert "no experiment 'vews'" in run("vews", "").stderr
+    short = "--epochs 1 --knn-every 1 --subset 64"
+    done = run("views", short)
+    assert done.returncode == 0, done.stderr
+    same_colours, usual = experiments.outcomes(tmp_path / "runs")
+    assert usual["seed"] == 3 and usual["loss"] != same_colours["loss"]
+    assert "| same-colours | 1 |" in done.stdout and "color_jitter = lambda" in done.stdout
+    failed = run("views", f"{short} --lr 3")  # other flags
+    assert failed.returncode != 0 and "usual-seed3.log" in failed.stderr
 
 
 STAND_IN = """#!/usr/bin/env bash
