@@ -212,6 +212,7 @@ def batch_sizes():
         accuracies = [float(accuracy) for accuracy in published]
         left.plot(BATCH_SIZES, accuracies, published_style, color=COLOURS[method], ms=4)
     draw_measured(left, results, RECIPE_ROWS, "probe_top1", probe_style)  # as the published ones
+    draw_measured(left, results, RECIPE_ROWS, "linear_top1", linear_style)
     draw_measured(right, results, MINIATURE_ROWS, "probe_top1", probe_style)
     draw_measured(right, results, MINIATURE_ROWS, "linear_top1", linear_style)
     left.set(title="full size: 200 epochs", ylabel="top-1 on the test set, percent")
