@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The experiments of experiments.md, on drawn shapes: 13 runs with three seeds each, in about ten
+# The experiments of experiments.md, on drawn shapes: 13 runs with three seeds each, in eight
 # minutes on two CPU cores. What a run prints is in RUNS/NAME-seedN.log. Finished runs are kept: if
 # you change a line below, delete its runs.
 #
