@@ -5,7 +5,7 @@
 #
 #   results/experiments.sh                           # all
 #   results/experiments.sh views                     # one
-#   SEEDS=0 RUNS=runs/fp32 FLAGS="--precision fp32" JOBS=2 OMP_NUM_THREADS=1 results/experiments.sh
+#   RUNS=runs/fp32 FLAGS="--precision fp32" JOBS=1 OMP_NUM_THREADS=2 SEEDS="0 1" results/experiments.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export DATA=${DATA:-data} RUNS=${RUNS:-runs/experiments} FLAGS=${FLAGS:-} PYTHON=${PYTHON:-python3}
@@ -32,7 +32,10 @@ loss uniformity simco :: simco.contrastive_loss = lambda positive, negative, arg
 -2 * positive.mean() + (4 * negative).exp().mean().log()
 "
 runs=$(awk -v wanted="${1:-}" 'NF && (wanted == "" || index("," $1 ",", "," wanted ","))' <<<"$runs")
-[ -n "$runs" ] || { echo "no experiment '$1' among views collapse negatives momentum queue loss" >&2; exit 2; }
+if [ -z "$runs" ] || [ $# -gt 1 ]; then
+  echo "usage: results/experiments.sh [views|collapse|negatives|momentum|queue|loss]" >&2
+  exit 2
+fi
 
 # one SEED EXPERIMENTS NAME METHOD [FLAGS] [:: CHANGE]
 one() {
