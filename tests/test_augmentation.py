@@ -51,7 +51,7 @@ def test_crop_and_flip_agree_with_pil(size):
     ours = common.crop_resize_flip(common.to_float(images), box, flip)
     pil_images = map(pil_crop_flip, images, box, flip)
     theirs = torch.stack([TF.pil_to_tensor(image) for image in pil_images])
-    # PIL rounds to 8 bits after both passes. The second one amplifies by less than 1.6.
+    # PIL resizes to 8 bits twice, and rounds. The second pass amplifies by less than 1.6.
     error = (ours * 255 - theirs).abs()
     assert error.max() <= 2 and error.mean() < 0.3
 
@@ -77,18 +77,24 @@ def test_jitter_agrees_with_torchvision():
 def test_view_agrees_with_torchvisions_pil_pipeline(augmentation):
     images, params = drawn(240, 10, 32).train_images, params_of(240, augmentation)
     ours, errors = common.augment(images, params, augmentation), []
+    is_jittered = (params.factor != NEUTRAL).any(dim=1)
     for i, (box, flip, order, factor, is_gray) in enumerate(zip(*params)):
         image = pil_crop_flip(images[i], box, flip)
         if is_gray and augmentation == "v1":
             image = TF.rgb_to_grayscale(image, 3)
-        for operation in order.tolist() if (factor != NEUTRAL).any() else ():
+        for operation in order.tolist() if is_jittered[i] else ():
             image = ADJUST[operation](image, factor[operation].item())
         if is_gray and augmentation == "v2":
             image = TF.rgb_to_grayscale(image, 3)
         theirs = TF.normalize(TF.to_tensor(image), common.MEAN, common.STD)
-        errors.append((theirs - ours[i]).abs().mean() * 0.24)
-    # PIL rounds to 8 bits after each of seven operations, and its hue has 256 steps.
-    assert max(errors) < 6 / 255 and sum(errors) / len(errors) < 1.5 / 255
+        errors.append((theirs - ours[i]) * torch.tensor(common.STD)[:, None, None] * 255)
+    errors = torch.stack(errors)  # in levels of 255
+    size, sign = errors.abs().mean(dim=(1, 2, 3)), errors.mean(dim=(1, 2, 3))
+    assert size.max() < 6 and size.mean() < 1.5  # PIL's hue has 256 steps
+    # PIL truncates after brightness, contrast and saturation: each makes a view half a level
+    # darker, but where a value is at its limit. The other operations have no such bias.
+    assert -1.5 < sign[is_jittered].mean() < -1
+    assert not (~is_jittered).any() or sign[~is_jittered].mean().abs() < 0.1
 
 
 DRAWS = 20_000
