@@ -12,7 +12,6 @@ import math
 import statistics
 import sys
 import threading
-from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -29,13 +28,14 @@ import matplotlib.pyplot as plt  # noqa: E402
 RESULTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(RESULTS.parent))
 
+import studies  # noqa: E402
 import table  # noqa: E402
-from table import BATCH_SIZES, MINIATURE, MINIATURE_ROWS, PUBLISHED, RECIPE_ROWS  # noqa: E402
+from table import BATCH_SIZES, MINIATURE, PUBLISHED  # noqa: E402
 
 import common  # noqa: E402
 import linear_eval  # noqa: E402
 
-COLOURS = {name: f"C{i}" for i, name in enumerate(MINIATURE_ROWS)}
+COLOURS = {name: f"C{i}" for i, name in enumerate(PUBLISHED)}
 FORWARD, GRADIENT, FOLLOWS = "0.3", "tab:red", "tab:blue"  # of arrows
 
 
@@ -142,79 +142,57 @@ def losses():
 # Curves of the runs in results/
 
 
-def logs(flags):
-    """The logs of the runs with these flags: {method: [{epoch: entry} for each seed]}."""
-    found = defaultdict(list)
-    for run, run_args, _ in table.evaluated_runs(RESULTS)[0]:
-        if table.changed_flags(run_args) == flags and run_args.batch_size == 256:
-            found[table.TITLES[run_args.method]].append(table.read_log(run))
-    return found
-
-
-def draw_curves(axes, runs, name):
-    """Plot the mean over the seeds of an entry of the log, with a band from minimum to maximum."""
-    for method in PUBLISHED:
-        seeds, colour = runs[method], COLOURS[method]
+def draw_curves(axes, flags):
+    """Plot the mean kNN over the seeds, with a band from minimum to maximum."""
+    for method, colour in COLOURS.items():
+        logs = [run["log"] for run in studies.runs_of(method, 256, flags)]
         # At the epochs after which all of them were evaluated.
-        known = [{epoch for epoch in log if log[epoch].get(name) is not None} for log in seeds]
+        known = [{x for x in log if log[x].get("knn_top1") is not None} for log in logs]
         epochs = sorted(set.intersection(*known)) if known else []
-        values = [[log[epoch][name] for log in seeds] for epoch in epochs]
-        label = f"{method}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
-        axes.plot(epochs, [*map(statistics.mean, values)], color=colour, label=label)
+        values = [[log[epoch]["knn_top1"] for log in logs] for epoch in epochs]
+        label = f"{method}, {len(logs)} seed{'s' if len(logs) > 1 else ''}"
+        axes.plot(epochs, [*map(statistics.mean, values)], "o-", ms=3, color=colour, label=label)
         lowest, highest = [*map(min, values)], [*map(max, values)]
         axes.fill_between(epochs, lowest, highest, color=colour, alpha=0.25, lw=0)
 
 
 def curves():
-    """kNN over the epochs, in 15 and in 60 of them."""
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for axes, flags in zip(panels, (MINIATURE.replace("60", "15"), MINIATURE)):
-        draw_curves(axes, logs(flags), "knn_top1")
-        axes.set(title=flags, xlabel="epoch")
-        axes.legend()
+    """kNN over the epochs, at full size and in miniature."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    titles = {"full size": "", f"in miniature: {MINIATURE}": MINIATURE}
+    for axes, (title, flags) in zip(panels, titles.items()):
+        draw_curves(axes, flags)
+        axes.set(title=title, xlabel="epoch")
+        axes.legend(loc="lower right")
     panels[0].set(ylabel="kNN top-1 on the test set, percent")
     return figure
 
 
-def similarities():
-    """The cosines of queries and positives, and of queries and negatives, over 60 epochs."""
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    runs = logs(MINIATURE)
-    for axes, which in zip(panels, ("positive", "negative")):
-        draw_curves(axes, runs, f"{which}_similarity")
-        axes.set(title=f"{which}s", xlabel="epoch")
-    panels[0].set(ylabel="mean cosine with the query")
-    panels[0].legend()
-    return figure
-
-
-def draw_measured(axes, results, rows, measure, style):
-    """A line over the batch size for each row of a table, see table.MINIATURE_ROWS."""
-    for name, (flags, method) in rows.items():
+def draw_measured(axes, flags, measure, style):
+    """A line over the batch size for each method."""
+    for method, colour in COLOURS.items():
         points = []
         for size in BATCH_SIZES:
-            values = [row.get(measure) for row in results.get((flags, method, size), [])]
-            values = [value for value in values if value is not None]
+            runs = studies.runs_of(method, size, flags)
+            values = [run[measure] for run in runs if run[measure] is not None]
             if values:
                 deviation = statistics.stdev(values) if len(values) > 1 else 0
                 points.append((size, statistics.mean(values), deviation))
-        axes.errorbar(*(zip(*points) if points else ([], [])), fmt=style, color=COLOURS[name], ms=4)
+        axes.errorbar(*(zip(*points) if points else ([], [])), fmt=style, color=colour, ms=4)
 
 
 def batch_sizes():
     """Accuracy over the batch size, published and measured, on one scale in both panels."""
-    results, _ = table.finished_runs(RESULTS)
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.7), sharex=True, layout="constrained")
     left, right = panels
-    styles = {"published (probe)": "^--", "measured, probe": "s-", "measured, linear": "o:"}
-    published_style, probe_style, linear_style = styles.values()
+    styles = {"published": "^--", "measured, probe": "s-", "measured, linear": "o:"}
+    published_style, *measured_styles = styles.values()
     for method, published in PUBLISHED.items():
         accuracies = [float(accuracy) for accuracy in published]
         left.plot(BATCH_SIZES, accuracies, published_style, color=COLOURS[method], ms=4)
-    draw_measured(left, results, RECIPE_ROWS, "probe_top1", probe_style)  # as the published ones
-    draw_measured(left, results, RECIPE_ROWS, "linear_top1", linear_style)
-    draw_measured(right, results, MINIATURE_ROWS, "probe_top1", probe_style)
-    draw_measured(right, results, MINIATURE_ROWS, "linear_top1", linear_style)
+    for measure, style in zip(("probe", "linear"), measured_styles):
+        draw_measured(left, "", measure, style)
+        draw_measured(right, MINIATURE, measure, style)
     left.set(title="full size: 200 epochs", ylabel="top-1 on the test set, percent")
     right.set(title=f"in miniature: {MINIATURE}")
     span = max(high - low for low, high in (axes.get_ylim() for axes in panels))
@@ -227,7 +205,7 @@ def batch_sizes():
         right.plot([], [], color=colour, label=name)
     for label, style in styles.items():
         right.plot([], [], style, color="grey", ms=4, label=label)
-    figure.legend(loc="outside lower center", ncols=4)
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 
@@ -355,7 +333,7 @@ def main():
     style |= {"axes.spines.right": False, "font.size": 10, "figure.dpi": 100}
     plt.rcParams.update(style | {"svg.hashsalt": "figures"})  # the same file every time
     if args.run is None:
-        drawings = (methods, losses, curves, similarities, batch_sizes)
+        drawings = (methods, losses, curves, batch_sizes)
         figures = {f"{drawing.__name__}.svg": drawing() for drawing in drawings}
     else:
         photographs = of_run(args.run, args.data, args.image)

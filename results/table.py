@@ -2,8 +2,8 @@
 
     python results/table.py runs/
 
-First the published table, if there is a run on CIFAR-100, and the one in miniature; then a row for
-each other setting: what differs from the recipe, which is the scripts' defaults. A row's figures
+First the published table and the one in miniature, where there are runs for it; then a row for each
+other setting: what differs from the recipe, which is the scripts' defaults. A row's figures
 are means over seeds. Runs that are left out, or in part, are named below the tables.
 """
 import argparse
@@ -36,15 +36,11 @@ PUBLISHED = {  # by Zhang et al., arXiv 2203.17248
     "SimCo": "58.04 58.29 58.35 57.08 55.34".split(),
 }
 PROBE_NOTE = """
-A dash marks what was not measured. The published figures (Zhang et al., 2022) are of an online
-probe, a linear classifier trained alongside the network. Compare them with our probe only.
+A dash marks what was not measured. The code of the published figures (Zhang et al., 2022) can
+compute only one linear accuracy: that of an online probe, a linear classifier trained alongside the
+network. Compare them with our probe.
 """
 MINIATURE = "subset 10000, epochs 60, width 16"  # as changed_flags writes it
-SHORT_QUEUE = "moco-k 13107"  # to 10 000 images what 65536 keys are to 50 000
-# The rows of the two tables by batch size: {name: (flags, method)}.
-RECIPE_ROWS = {method: ("", method) for method in PUBLISHED}
-MINIATURE_ROWS = {method: (MINIATURE, method) for method in PUBLISHED}
-MINIATURE_ROWS[f"MoCo v2, {SHORT_QUEUE}"] = (f"{MINIATURE}, {SHORT_QUEUE}", "MoCo v2")
 
 
 def read_args(run):
@@ -175,11 +171,14 @@ def protocol(result):
 
 
 def table_by_batch_size(heading, rows):
-    """Markdown. rows: {name: the cells, one for each of BATCH_SIZES}."""
-    names = "".join(f" batch {size} |" for size in BATCH_SIZES)
-    text = f"**{heading}** (test top-1 in percent: linear / probe / kNN)\n\n| |{names}\n"
-    text += "|---" * (1 + len(BATCH_SIZES)) + "|\n"
-    return text + "".join(f"| {name} | {' | '.join(cells)} |\n" for name, cells in rows.items())
+    """Markdown, without empty columns. rows: {name: the cells, one for each of BATCH_SIZES}."""
+    columns = [[f"batch {size}" for size in BATCH_SIZES], *rows.values()]
+    columns = [column for column in zip(*columns) if set(column[1:]) != {"–"}]
+    text = f"**{heading}** (test top-1 in percent: linear / probe / kNN)\n\n"
+    for i, name in enumerate(["", *rows]):
+        text += f"| {' | '.join([name, *(column[i] for column in columns)])} |\n"
+        text += "" if i else "|---" * (1 + len(columns)) + "|\n"
+    return text
 
 
 def table(root):
@@ -197,12 +196,12 @@ def table(root):
     def cells(flags, method):
         return [" / ".join(figures.pop((flags, method, size), ["–"])) for size in BATCH_SIZES]
 
-    recipe = {name: cells(*which) for name, which in RECIPE_ROWS.items()}
-    miniature = {name: cells(*which) for name, which in MINIATURE_ROWS.items()}
-    if any("dataset" not in flags for flags, _, _ in results):  # CIFAR-100 is the default
+    recipe = {method: cells("", method) for method in PUBLISHED}
+    miniature = {method: cells(MINIATURE, method) for method in PUBLISHED}
+    if any(cell != "–" for row in recipe.values() for cell in row):
         rows = {}
         for method, published in PUBLISHED.items():
-            rows |= {method: recipe[method], f"{method}, published (probe)": published}
+            rows |= {method: recipe[method], f"{method}, published": published}
         title = "CIFAR-100, ResNet-18, 200 epochs"
         tables.append(table_by_batch_size(title, rows) + PROBE_NOTE)
     if any(cell != "–" for row in miniature.values() for cell in row):

@@ -2,12 +2,15 @@
 import json
 import os
 import re
-import runpy
 import subprocess
+import sys
+from pathlib import Path
 
+import eqco_table5
 import experiments
 import few_labels
 import pytest
+import studies
 import table
 import torch
 from check_experiments import ORDERS, check
@@ -19,6 +22,7 @@ import linear_eval
 
 PAGES = [ROOT / "README.md", *(ROOT / "results").glob("*.md")]
 RUNS = sorted(path.parent for path in ROOT.glob("results/*/*/args.json"))
+BENCHMARK = ROOT / "results" / "benchmark.md"
 EXPERIMENTS = ROOT / "results" / "experiments.sh"
 QUICK = "--epochs 2 --precision fp32 --device cpu --lrs 0.1 1 10".split()
 
@@ -45,18 +49,52 @@ def test_every_result_is_of_a_finished_run_that_can_be_repeated(run, monkeypatch
     assert result["knn_top1"] == pytest.approx(json.loads(log[-1])["knn_top1"], abs=1)
 
 
-def test_the_tables_of_the_readmes_are_those_of_the_results():
-    lines = [line for page in PAGES for line in page.read_text().splitlines()]
-    script = runpy.run_path(str(ROOT / "results" / "runs.py"))
-    each, means, notes = script["tables"](ROOT / "results" / "longer")
-    printed = [*table.table(ROOT / "results").splitlines(), *each, *means, *notes]
-    missing = [line for line in printed if line not in lines]
-    assert len(printed) > 40 and not missing, missing
-    # The learning rate at which the longer runs are compared is the best for all of them.
-    results = map(read, ROOT.glob("results/longer/*/result.json"))
-    losses = [result["held_out_loss"] for result in results if "held_out_loss" in result]
-    assert len(losses) > 2
-    assert min(losses[0], key=lambda rate: sum(x[rate] for x in losses)) == str(script["RATE"])
+def rows(text):
+    """The rows of its tables."""
+    return [line for line in text.splitlines() if line.startswith("|")]
+
+
+def test_each_table_of_the_results_is_printed_by_its_command():
+    page = (ROOT / "results" / "README.md").read_text()
+    sections = dict(re.findall(r"^## (.*)\n((?:(?!## ).*\n)*)", page, re.MULTILINE))
+    for name, lines in studies.tables().items():
+        assert rows(sections.pop(name)) == lines, name
+    # Nothing is left out but for a reason.
+    perhaps = "Perhaps trained on other images: "  # those that have no fingerprint yet
+    assert [note for note in studies.load()[1] if not note.startswith(perhaps)] == []
+    assert [name for name in sections if rows(sections[name])] == ["Mechanisms and their flags"]
+
+
+def test_eqco_table_5_is_within_what_the_page_says():
+    """test_eqco has a short form of the command."""
+    text = (ROOT / "results" / "eqco_table5.md").read_text()
+    found = re.findall(r"([\d.]+) \(([\d.]+)\)", text)
+    measured, published = torch.tensor([[float(x) for x in cell] for cell in found]).T
+    assert published.tolist() == torch.tensor([*eqco_table5.PUBLISHED.values()]).flatten().tolist()
+    assert (measured - published).abs().max() < 0.135  # "within 0.13"
+
+
+def test_the_tables_of_the_readme_are_those_of_the_results():
+    page = rows((ROOT / "README.md").read_text())
+    printed = rows(table.table(ROOT / "results").partition("**In miniature")[0])
+    assert len(printed) == 8 and page[: len(printed)] == printed
+    # On a CPU: what benchmark.py printed.
+    cells = [line.strip("| ").split(" | ") for line in rows(BENCHMARK.read_text())]
+    speed = {name: columns for name, *columns in cells if columns[:1] in (["256"], ["–"])}
+    methods = [(f"{name}, conventional", f"{name}, bf16, eager") for name in reversed(METHODS)]
+    for line, pair in zip(page[-4:], [("PIL, 2 DataLoader workers", "eager"), *methods]):
+        slow, fast = (speed[name] for name in pair)
+        assert line.strip("| ").split(" | ")[1:] == [slow[1], fast[1], fast[2]]
+
+
+def test_one_learning_rate_of_the_linear_classifier_is_the_best_for_all_runs_together():
+    for directory, rate in studies.RATES.items():
+        results = [*map(read, ROOT.glob(f"results/{directory}/*/result.json"))]
+        losses = [result["held_out_loss"] for result in results if "held_out_loss" in result]
+        top1 = [result["held_out_top1"] for result in results if "held_out_top1" in result]
+        assert len(losses) + len(top1) == len(results) > 25  # an earlier version has accuracies
+        assert str(rate) == min(losses[0], key=lambda rate: sum(loss[rate] for loss in losses))
+        assert str(rate) == max(top1[0], key=lambda rate: sum(run[rate] for run in top1))
 
 
 def test_every_link_leads_somewhere_and_every_picture_is_shown():
@@ -93,6 +131,7 @@ def test_experiments_sh(tmp_path):
         )
 
     env = {**os.environ, "RUNS": f"{tmp_path}/runs", "DATA": f"{tmp_path}/data", "SEEDS": "3"}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
     assert run("vews", "").stderr.startswith("usage")
     short = "--epochs 1 --knn-every 1 --subset 64"
     done = run("views", short)
@@ -136,7 +175,7 @@ def test_table_sh_runs_what_is_missing_and_says_how_far_it_is(tmp_path):
 
 LINES = """
 | SimCo | – | – | 58.50 ± 0.71 / 57.00 ± 0.00 / 40.00 ± 0.00 | – | – |
-| MoCo v2, moco-k 13107 | – | 22.00 / 21.00 / 40.00 | – | – | – |
+| MoCo v2 | 22.00 / 21.00 / 40.00 |
 | SimCo | dataset cifar10 | 256 | 5.00 | 4.00 | 40.00 | 1 |
 | SimCo | dt-m 1.0 | 256 | 57.50 ± 0.71 | 56.00 (of 1) | 40.00 ± 0.00 | 2 |
 | SimMoCo | epochs 2, symmetric | 256 | 11.00 | – | 40.00 | 1 |
@@ -145,18 +184,23 @@ Evaluated by several protocols: SimCo, batch 256, dt-m 1.0.
 """
 
 
+def add_run(root, name, flags, top1, probe=None, epoch=200, **more):
+    """A run in a new directory, given `flags`: its last log line, and its result."""
+    root.mkdir(exist_ok=True)
+    out = root / str(len(list(root.iterdir())))
+    out.mkdir()
+    args = vars(METHODS[name].arguments().parse_args(flags.split()))
+    (out / "args.json").write_text(json.dumps(args))
+    entry = dict(epoch=args["epochs"]) | ({} if probe is None else dict(probe_top1=probe))
+    (out / "log.jsonl").write_text(json.dumps(entry))
+    result = dict(linear_top1=top1, knn_top1=40.0, epoch=epoch, protocol={}) | more
+    (out / "result.json").write_text(json.dumps(result))
+    return result
+
+
 def test_table(tmp_path, fails_plainly):
-    def add(name, flags, top1, probe=None, epoch=200, **more):
-        """A run that was given `flags`, its last log line, and its result."""
-        out = tmp_path / str(len(list(tmp_path.iterdir())))
-        out.mkdir()
-        args = vars(METHODS[name].arguments().parse_args(flags.split()))
-        (out / "args.json").write_text(json.dumps(args))
-        entry = dict(epoch=args["epochs"]) | ({} if probe is None else dict(probe_top1=probe))
-        (out / "log.jsonl").write_text(json.dumps(entry))
-        result = dict(linear_top1=top1, knn_top1=40.0, epoch=epoch, protocol={}) | more
-        (out / "result.json").write_text(json.dumps(result))
-        return result
+    def add(*run, **more):
+        return add_run(tmp_path, *run, **more)
 
     floor = add("simco", "--dataset cifar10", 5.0, 4.0)
     assert "published" not in table.table(tmp_path)
@@ -166,7 +210,7 @@ def test_table(tmp_path, fails_plainly):
     add("simmoco", "--epochs 2 --symmetric", 11.0, epoch=2, untrained=floor)
     add("simco", "--dt-m 1", 57.0, 56.0, protocol=dict(cached=True))
     add("simco", "--dt-m 1 --seed 1", 58.0)
-    flags = "--subset 10000 --epochs 60 --width 16 --batch-size 128 --moco-k 13107"
+    flags = "--subset 10000 --epochs 60 --width 16 --batch-size 128"
     add("moco_v2", flags, 22.0, 21.0, epoch=60)
     printed = table.table(tmp_path)
     assert not set(LINES.splitlines()) - set(printed.splitlines()) and "published" in printed
@@ -177,6 +221,42 @@ def test_table(tmp_path, fails_plainly):
         assert f"'{path}' is damaged" in fails_plainly(*flags)
     with pytest.raises(SystemExit):
         table.table(tmp_path)
+
+
+def test_studies_compare_only_what_is_comparable(tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "RESULTS", tmp_path)
+    longer, setting = tmp_path / "longer", ("SimCo", 256, studies.MINIATURE)
+    flags = "--subset 10000 --epochs 60 --width 16"
+
+    def add(flags, cached=True, **more):
+        protocol = dict(epochs=100, batch_size=256, seed=0, cached=cached)
+        more = dict(epoch=60, protocol=protocol, linear_lr=0.1) | more
+        return add_run(longer, "simco", flags, 30.0, 27.0, **more)
+
+    def cells():
+        studies.load.cache_clear()
+        return studies.in_cells(*setting)
+
+    with pytest.raises(SystemExit):
+        cells()
+    stored = add(flags)
+    assert cells() == ["–", "27.00", "40.00"]  # not known at the rate 0.3
+    other = longer / "0" / "result-lr-0.3.json"
+    other.write_text(json.dumps(stored | dict(linear_top1=31.0, linear_lr=0.3)))
+    add(f"{flags} --seed 1", linear_lr=0.3)
+    add(f"{flags} --seed 2 --loss dcl", linear_lr=0.3)
+    add(f"{flags} --seed 1", linear_lr=0.3)  # counts once
+    assert cells() == ["30.50 ± 0.71", "27.00 ± 0.00", "40.00 ± 0.00"]
+    for wrong in (dict(linear_lr=1.0), dict(knn_top1=39.0)):  # another rate, another network
+        right = other.read_text()
+        other.write_text(json.dumps(read(other) | wrong))
+        with pytest.raises(SystemExit):
+            cells()
+        other.write_text(right)
+    add(f"{flags} --seed 4", linear_lr=0.3, cached=False)
+    with pytest.raises(SystemExit):
+        cells()
+    studies.load.cache_clear()
 
 
 def test_few_labels(tiny_run, run_script, fails_plainly, capsys, monkeypatch):
@@ -216,7 +296,7 @@ def test_pictures(tmp_path, tiny_run, run_script):
     run = tiny_run("simco")
     for flags in (["--out", tmp_path], [run, "--out", tmp_path]):
         assert run_script(figures, *flags) == 0
-    made = {path.name for path in tmp_path.glob("*.[sp][vn]g")} | {"tensorboard.png"}
+    made = {path.name for path in tmp_path.glob("*.[sp][vn]g")}
     assert made == {path.name for path in ROOT.glob("results/*.[sp][vn]g")}
     with Image.open(tmp_path / "neighbours.png") as image:
         assert image.size == (1000, 640)
