@@ -16,7 +16,7 @@ from itertools import combinations
 from pathlib import Path
 
 import table
-from table import BATCH_SIZES, MINIATURE, PUBLISHED, common, in_words
+from table import BATCH_SIZES, MINIATURE, PUBLISHED, common, in_words, protocol
 
 RESULTS = Path(__file__).resolve().parent
 RATES = dict(longer=0.3, small=0.1)
@@ -65,8 +65,9 @@ def at_rate(run, result):
     if not other.exists():
         return None
     other = common.read_json(other)
-    wrong = other["linear_lr"] != rate or other["knn_top1"] != result["knn_top1"]
-    common.require(not wrong, f"'{run}/result-lr-{rate}.json' is of another network or rate")
+    right = other["linear_lr"] == rate and other["knn_top1"] == result["knn_top1"]
+    right = right and protocol(other) | dict(lrs=None) == protocol(result) | dict(lrs=None)
+    common.require(right, f"'{run}/result-lr-{rate}.json' is of another network, rate or protocol")
     return other["linear_top1"]
 
 
@@ -79,16 +80,17 @@ def load():
     """The evaluated runs of RESULTS, by setting: {as_key(...): [figures of a run, dict]}; and notes
     on those that are left out, a list of str."""
     (evaluated, notes), settings = table.evaluated_runs(RESULTS), defaultdict(list)
+    protocols = defaultdict(set)
     for run, args, figures in evaluated:
         if "linear_top1" in figures:
             figures |= dict(knn=figures["knn_top1"], probe=figures.get("probe_top1"))
             figures |= dict(linear=at_rate(run, figures), log=table.read_log(run), run=run)
             key = as_key(table.TITLES[args.method], args.batch_size, table.changed_flags(args))
             settings[key].append(figures)
-    for key, runs in settings.items():
-        for name in ("epochs", "batch_size", "cached", "seed"):
-            values = {figures["protocol"][name] for figures in runs}
-            common.require(len(values) == 1, f"{key}: evaluated with {name} of {values}")
+            names = ("epochs", "batch_size", "cached", "seed")  # those of all versions
+            same = tuple(figures["protocol"][name] for name in names)
+            protocols[run.parent].add(same)
+            common.require(len(protocols[run.parent]) == 1, f"'{run}' has another protocol: {same}")
     return settings, notes
 
 
@@ -119,13 +121,17 @@ def by_setting(common_flags, settings):
 
 
 def authors():
-    """The authors' code beside ours. What was trained by theirs is in authors.jsonl."""
+    """The authors' code beside ours. What was trained by theirs, outside this repository, is in
+    authors.jsonl."""
     theirs, rows = defaultdict(list), []
     for line in (RESULTS / "authors.jsonl").read_text().splitlines():
         run = json.loads(line)
         theirs[table.TITLES[run["method"]], run["epochs"]].append(run)
     for (method, epochs), runs in theirs.items():
-        name, flags = f"{method}, {epochs} epochs", {60: MINIATURE, 15: SHORT}[epochs]
+        flags, directory = {60: (MINIATURE, "longer"), 15: (SHORT, "small")}[epochs]
+        same = all(run["linear_lr"] == RATES[directory] for run in runs)
+        common.require(same, "authors.jsonl has another learning rate of the classifier")
+        name = f"{method}, {epochs} epochs"
         cells = [in_words([run[f"{measure}_top1"] for run in runs]) for measure in MEASURES]
         rows.append([name, "theirs", str(len(runs)), *cells])
         count = str(len(runs_of(method, 256, flags)))
@@ -169,11 +175,12 @@ def distances():
     """How far the probe is below linear accuracy on cached features."""
     columns = (
         ("540", 1024, MINIATURE),
+        ("585", 256, SHORT),
         ("2340", 64, SHORT),
         ("2340", 256, MINIATURE),
         ("9360", 64, MINIATURE),
         ("full size: 9600", 1024, ""),
-        ("39 000", 256, ""),
+        ("full size: 39 000", 256, ""),
     )
     rows = [["batch size", *(str(size) for _, size, _ in columns)]]
     for method in PUBLISHED:
@@ -182,7 +189,7 @@ def distances():
             values = []
             for figures in runs_of(method, size, flags):
                 linear = figures["linear"] if flags else cached_top1(figures)
-                known = figures["probe"] is not None
+                known = None not in (linear, figures["probe"])
                 values.append(linear - figures["probe"] if known else None)
             cells.append(in_words(values))
         rows.append([method, *cells])
@@ -198,12 +205,15 @@ def noise():
         for name in ("linear_top1", *MEASURES):
             several = [[run[name] for run in runs if run[name] is not None] for runs in groups]
             several = [values for values in several if len(values) > 1]
+            if not several:
+                deviations.append("–")
+                largest.append("–")
+                continue
             freedom = sum(len(values) - 1 for values in several)
             squares = sum((len(x) - 1) * statistics.variance(x) for x in several)
             pairs = [abs(a - b) for values in several for a, b in combinations(values, 2)]
-            known = f"{(squares / max(freedom, 1)) ** 0.5:.2f} ({len(several)})"
-            deviations.append(known if several else "–")
-            largest.append(f"{max(pairs):.2f}" if several else "–")
+            deviations.append(f"{(squares / freedom) ** 0.5:.2f} ({len(several)})")
+            largest.append(f"{max(pairs):.2f}")
         rows.append([f"{epochs} epochs: standard deviation (settings)", *deviations])
         rows.append([f"{epochs} epochs: largest difference of two", *largest])
     return markdown(["", "linear, as chosen", "linear, one rate", "probe", "kNN"], rows)

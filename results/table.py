@@ -38,7 +38,7 @@ PUBLISHED = {  # by Zhang et al., arXiv 2203.17248
 PROBE_NOTE = """
 A dash marks what was not measured. The code of the published figures (Zhang et al., 2022) can
 compute only one linear accuracy: that of an online probe, a linear classifier trained alongside the
-network. Compare them with our probe.
+network. Compare the published figures with our probe.
 """
 MINIATURE = "subset 10000, epochs 60, width 16"  # as changed_flags writes it
 
@@ -174,11 +174,10 @@ def table_by_batch_size(heading, rows):
     """Markdown, without empty columns. rows: {name: the cells, one for each of BATCH_SIZES}."""
     columns = [[f"batch {size}" for size in BATCH_SIZES], *rows.values()]
     columns = [column for column in zip(*columns) if set(column[1:]) != {"–"}]
+    header, *lines = zip(["", *rows], *columns)
     text = f"**{heading}** (test top-1 in percent: linear / probe / kNN)\n\n"
-    for i, name in enumerate(["", *rows]):
-        text += f"| {' | '.join([name, *(column[i] for column in columns)])} |\n"
-        text += "" if i else "|---" * (1 + len(columns)) + "|\n"
-    return text
+    text += f"| {' | '.join(header)} |\n" + "|---" * len(header) + "|\n"
+    return text + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def table(root):
@@ -205,7 +204,8 @@ def table(root):
         title = "CIFAR-100, ResNet-18, 200 epochs"
         tables.append(table_by_batch_size(title, rows) + PROBE_NOTE)
     if any(cell != "–" for row in miniature.values() for cell in row):
-        tables.append(table_by_batch_size(f"In miniature: {MINIATURE}", miniature))
+        title = f"In miniature: {MINIATURE}; linear at the rate that each run chose"
+        tables.append(table_by_batch_size(title, miniature))
     if figures:  # all that is in neither table
         text = "**Other settings** (top-1 in percent on the test set)\n\n"
         text += "| method | flags | batch | linear | probe | kNN | seeds |\n" + "|---" * 7 + "|\n"

@@ -1,4 +1,5 @@
-"""results/: each number has its run, each run can be repeated, and the scripts do what they say."""
+"""results/: each number has its run, each run can be repeated (but for the authors' own), and the
+scripts do what they say."""
 import json
 import os
 import re
@@ -75,9 +76,14 @@ def test_eqco_table_5_is_within_what_the_page_says():
 
 
 def test_the_tables_of_the_readme_are_those_of_the_results():
-    page = rows((ROOT / "README.md").read_text())
+    text = (ROOT / "README.md").read_text()
+    page = rows(text)
     printed = rows(table.table(ROOT / "results").partition("**In miniature")[0])
     assert len(printed) == 8 and page[: len(printed)] == printed
+    section = re.search("^## In miniature\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)[1]
+    tables = "\n".join(line for lines in studies.tables().values() for line in lines)
+    figures = re.findall(r"\d\d\.\d\d(?: ± \d\.\d\d)?", section)
+    assert len(figures) > 6 and [figure for figure in figures if figure not in tables] == []
     # On a CPU: what benchmark.py printed.
     cells = [line.strip("| ").split(" | ") for line in rows(BENCHMARK.read_text())]
     speed = {name: columns for name, *columns in cells if columns[:1] in (["256"], ["–"])}
@@ -163,6 +169,8 @@ def test_table_sh_runs_what_is_missing_and_says_how_far_it_is(tmp_path):
     command = dict(args=["bash", ROOT / "results" / "table.sh"], capture_output=True, text=True)
     first, second = (subprocess.run(**command, env=env | {"JOBS": "1"}) for _ in range(2))
     begun = set(re.findall(r"^(\S+) begins$", first.stdout, re.MULTILINE))
+    assert f"There are {len(begun)} runs" in Path(command["args"][1]).read_text()
+    assert f"({len(begun)}, each of" in (ROOT / "README.md").read_text()
     present = {path.name for path in RUNS if path.parent.name == "longer"}
     assert present - begun == {"simmoco-probe-both-seed0"}  # of an earlier version
     failed = {name for name in begun if "dcl" in name}
@@ -223,40 +231,64 @@ def test_table(tmp_path, fails_plainly):
         table.table(tmp_path)
 
 
-def test_studies_compare_only_what_is_comparable(tmp_path, monkeypatch):
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """A function that adds a run of SimCo below tmp_path, and one for the cells of its setting."""
     monkeypatch.setattr(studies, "RESULTS", tmp_path)
-    longer, setting = tmp_path / "longer", ("SimCo", 256, studies.MINIATURE)
     flags = "--subset 10000 --epochs 60 --width 16"
 
-    def add(flags, cached=True, **more):
-        protocol = dict(epochs=100, batch_size=256, seed=0, cached=cached)
-        more = dict(epoch=60, protocol=protocol, linear_lr=0.1) | more
-        return add_run(longer, "simco", flags, 30.0, 27.0, **more)
+    def add(seed, more_flags="", protocol=(), **more):
+        protocol = dict(epochs=100, batch_size=256, seed=0, cached=True) | dict(protocol)
+        more = dict(epoch=60, protocol=protocol, linear_lr=0.3) | more
+        run = f"{flags} --seed {seed} {more_flags}"
+        return add_run(tmp_path / "longer", "simco", run, 30.0, 27.0, **more)
 
     def cells():
         studies.load.cache_clear()
-        return studies.in_cells(*setting)
+        return studies.in_cells("SimCo", 256, studies.MINIATURE)
 
+    yield add, cells
+    studies.load.cache_clear()
+
+
+def test_studies_pool_the_seeds_of_a_setting_at_one_learning_rate(study, tmp_path):
+    add, cells = study
     with pytest.raises(SystemExit):
         cells()
-    stored = add(flags)
-    assert cells() == ["–", "27.00", "40.00"]  # not known at the rate 0.3
-    other = longer / "0" / "result-lr-0.3.json"
-    other.write_text(json.dumps(stored | dict(linear_top1=31.0, linear_lr=0.3)))
-    add(f"{flags} --seed 1", linear_lr=0.3)
-    add(f"{flags} --seed 2 --loss dcl", linear_lr=0.3)
-    add(f"{flags} --seed 1", linear_lr=0.3)  # counts once
+    stored = add(0, linear_lr=0.1)
+    assert cells() == ["–", "27.00", "40.00"]
+    other = tmp_path / "longer" / "0" / "result-lr-0.3.json"
+    right = stored | dict(linear_top1=31.0, linear_lr=0.3)
+    other.write_text(json.dumps(right))
+    add(1)
+    add(1)  # counts once
+    add(2, "--loss dcl")
     assert cells() == ["30.50 ± 0.71", "27.00 ± 0.00", "40.00 ± 0.00"]
-    for wrong in (dict(linear_lr=1.0), dict(knn_top1=39.0)):  # another rate, another network
-        right = other.read_text()
-        other.write_text(json.dumps(read(other) | wrong))
+    for wrong in (dict(linear_lr=1.0), dict(knn_top1=39.0), dict(protocol=dict(cached=False))):
+        other.write_text(json.dumps(right | wrong))  # another rate, network or protocol
         with pytest.raises(SystemExit):
             cells()
-        other.write_text(right)
-    add(f"{flags} --seed 4", linear_lr=0.3, cached=False)
+
+
+@pytest.mark.parametrize("wrong", ["epochs", "batch_size", "cached", "seed"])
+def test_studies_compare_only_what_was_evaluated_alike(study, wrong):
+    add, cells = study
+    add(0)
+    assert cells() == ["30.00", "27.00", "40.00"]
+    add(1, "--loss dcl", protocol={wrong: 7})  # in another setting
     with pytest.raises(SystemExit):
         cells()
-    studies.load.cache_clear()
+
+
+@pytest.mark.parametrize("wrong", ["epoch", "images", "protocol"])
+def test_cached_accuracy_is_of_the_same_network(tmp_path, wrong):
+    cached = dict(epoch=200, images="x", protocol=dict(cached=True), linear_top1=61.0)
+    (tmp_path / "cached.json").write_text(json.dumps(cached))
+    figures = dict(run=tmp_path, epoch=200, images="x", protocol=dict(cached=False))
+    assert studies.cached_top1(figures) == 61.0
+    (tmp_path / "cached.json").write_text(json.dumps(cached | {wrong: figures["protocol"]}))
+    with pytest.raises(SystemExit):
+        studies.cached_top1(figures)
 
 
 def test_few_labels(tiny_run, run_script, fails_plainly, capsys, monkeypatch):
