@@ -59,19 +59,20 @@ IN_SHORT = {
 def at_rate(run, result):
     """The linear accuracy of a run at the learning rate of RATES; None if it is not known."""
     rate = RATES.get(run.parent.name, result["linear_lr"])
-    other = run / f"result-lr-{rate}.json"
+    path = run / f"result-lr-{rate}.json"
     if result["linear_lr"] == rate:
         return result["linear_top1"]
-    if not other.exists():
+    if not path.exists():
         return None
-    other = common.read_json(other)
+    other = common.read_json(path)
     right = other["linear_lr"] == rate and other["knn_top1"] == result["knn_top1"]
     right = right and protocol(other) | dict(lrs=None) == protocol(result) | dict(lrs=None)
-    common.require(right, f"'{run}/result-lr-{rate}.json' is of another network, rate or protocol")
+    common.require(right, f"'{path}' is of another network, rate or protocol")
     return other["linear_top1"]
 
 
 def as_key(method, batch_size, flags):
+    """A setting, whatever the order of its flags."""
     return method, batch_size, frozenset(filter(None, flags.split(", ")))
 
 
@@ -88,9 +89,12 @@ def load():
             key = as_key(table.TITLES[args.method], args.batch_size, table.changed_flags(args))
             settings[key].append(figures)
             names = ("epochs", "batch_size", "cached", "seed")  # those of all versions
-            same = tuple(figures["protocol"][name] for name in names)
-            protocols[run.parent].add(same)
-            common.require(len(protocols[run.parent]) == 1, f"'{run}' has another protocol: {same}")
+            protocols[run.parent].add(tuple(figures["protocol"][name] for name in names))
+    for directory, found in protocols.items():
+        common.require(len(found) == 1, f"'{directory}' has runs of several protocols: {found}")
+    for key, runs in settings.items():  # as each directory has its own learning rate
+        same = len({figures["run"].parent for figures in runs}) == 1
+        common.require(same, f"there are runs of {key} in several directories")
     return settings, notes
 
 
@@ -113,6 +117,7 @@ def markdown(header, rows):
 
 
 def by_setting(common_flags, settings):
+    """One of the tables above."""
     rows = []
     for name, (method, batch_size, flags) in settings.items():
         setting = method, batch_size, f"{common_flags}, {flags}"
@@ -164,6 +169,7 @@ def full_size():
 
 
 def by_batch_size():
+    """The miniature, three by three."""
     sizes, rows = (64, 256, 1024), []
     for method in PUBLISHED:
         cells = [" / ".join(in_cells(method, size, MINIATURE)) for size in sizes]
@@ -200,7 +206,7 @@ def noise():
     """How far seeds of one setting are apart, pooled over the settings that have several."""
     rows = []
     for epochs in (60, 15):
-        groups = [x for (*_, flags), x in load()[0].items() if {f"epochs {epochs}"} <= flags]
+        groups = [x for (*_, flags), x in load()[0].items() if f"epochs {epochs}" in flags]
         deviations, largest = [], []
         for name in ("linear_top1", *MEASURES):
             several = [[run[name] for run in runs if run[name] is not None] for runs in groups]

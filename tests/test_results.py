@@ -237,11 +237,11 @@ def study(tmp_path, monkeypatch):
     monkeypatch.setattr(studies, "RESULTS", tmp_path)
     flags = "--subset 10000 --epochs 60 --width 16"
 
-    def add(seed, more_flags="", protocol=(), **more):
+    def add(seed, more_flags="", protocol=(), directory="longer", **more):
         protocol = dict(epochs=100, batch_size=256, seed=0, cached=True) | dict(protocol)
         more = dict(epoch=60, protocol=protocol, linear_lr=0.3) | more
         run = f"{flags} --seed {seed} {more_flags}"
-        return add_run(tmp_path / "longer", "simco", run, 30.0, 27.0, **more)
+        return add_run(tmp_path / directory, "simco", run, 30.0, 27.0, **more)
 
     def cells():
         studies.load.cache_clear()
@@ -276,6 +276,14 @@ def test_studies_compare_only_what_was_evaluated_alike(study, wrong):
     add(0)
     assert cells() == ["30.00", "27.00", "40.00"]
     add(1, "--loss dcl", protocol={wrong: 7})  # in another setting
+    with pytest.raises(SystemExit):
+        cells()
+
+
+def test_studies_pool_no_runs_of_several_directories(study):
+    add, cells = study
+    add(0)
+    add(1, directory="other")  # which has no learning rate for all
     with pytest.raises(SystemExit):
         cells()
 
