@@ -142,27 +142,31 @@ def losses():
 # Curves of the runs in results/
 
 
-def draw_curves(axes, flags):
+def draw_curves(axes, flags, style="o-", note=""):
     """Plot the mean kNN over the seeds, with a band from minimum to maximum."""
     for method, colour in COLOURS.items():
         logs = [run["log"] for run in studies.runs_of(method, 256, flags)]
+        if not logs:
+            continue
         # At the epochs after which all of them were evaluated.
         known = [{x for x in log if log[x].get("knn_top1") is not None} for log in logs]
-        epochs = sorted(set.intersection(*known)) if known else []
+        epochs = sorted(set.intersection(*known))
         values = [[log[epoch]["knn_top1"] for log in logs] for epoch in epochs]
-        label = f"{method}, {len(logs)} seed{'s' if len(logs) > 1 else ''}"
-        axes.plot(epochs, [*map(statistics.mean, values)], "o-", ms=3, color=colour, label=label)
+        label = f"{method}{note}, {len(logs)} seed{'s' if len(logs) > 1 else ''}"
+        axes.plot(epochs, [*map(statistics.mean, values)], style, ms=3, color=colour, label=label)
         lowest, highest = [*map(min, values)], [*map(max, values)]
         axes.fill_between(epochs, lowest, highest, color=colour, alpha=0.25, lw=0)
 
 
 def curves():
-    """kNN over the epochs, at full size and in miniature."""
+    """kNN over the epochs, with all images and in miniature."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    titles = {"full size": "", f"in miniature: {MINIATURE}": MINIATURE}
+    titles = {"all images: width 64, or 16": "", f"in miniature: {MINIATURE}": MINIATURE}
     for axes, (title, flags) in zip(panels, titles.items()):
         draw_curves(axes, flags)
         axes.set(title=title, xlabel="epoch")
+    draw_curves(panels[0], "width 16", style="o:", note=" at width 16")
+    for axes in panels:
         axes.legend(loc="lower right")
     panels[0].set(ylabel="kNN top-1 on the test set, percent")
     return figure

@@ -93,6 +93,20 @@ def test_the_tables_of_the_readme_are_those_of_the_results():
         assert line.strip("| ").split(" | ")[1:] == [slow[1], fast[1], fast[2]]
 
 
+def test_the_stored_weights_are_those_of_the_readme():
+    """CI also measures their kNN accuracy, which needs the images."""
+    text = (ROOT / "README.md").read_text()
+    section = re.search("^## Quick start\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)[1]
+    path = ROOT / re.search(r"^python linear_eval.py --checkpoint (\S+)", section, re.MULTILINE)[1]
+    args, cached = read(path.parent / "args.json"), read(path.parent / "cached.json")
+    backbone, _ = linear_eval.read_backbone(path)
+    expected = (8 * args["width"], args["stem_padding"], False)
+    assert (backbone.num_features, backbone.conv1.padding[0], backbone.is_guess) == expected
+    assert all(tensor.isfinite().all() for tensor in backbone.state_dict().values())
+    for name in ("linear_top1", "knn_top1"):
+        assert f"{cached[name]:.2f}" in section
+
+
 def test_one_learning_rate_of_the_linear_classifier_is_the_best_for_all_runs_together():
     for directory, rate in studies.RATES.items():
         results = [*map(read, ROOT.glob(f"results/{directory}/*/result.json"))]
